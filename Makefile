@@ -1,0 +1,54 @@
+# One environment, every task. A newcomer needs two of them: `make tutorial` and `make test`.
+#   make tutorial [SCALE=smoke|cpu|long|gpu|paper] [RETRAIN=1]   execute the book in reading order; goes on where it was stopped
+#   make lab                                                     open it in JupyterLab
+#   make test                                                    everything that CI runs
+#   make text | notebooks | docs | clean                         text view of the notebooks | back again | the site | tidy up
+
+BIN := .venv/bin
+SCALE ?= $(DISDIFF_SCALE)
+export DISDIFF_SCALE := $(SCALE)
+export RETRAIN
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+GOOD := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PY    = $(firstword $(foreach p,$(PYTHON) python3 python3.12 python3.11 python3.13 python3.10,$(shell $(p) -c '$(GOOD)' 2>/dev/null && echo $(p))))
+BOOK  = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/_*')
+TEXT  = $(shell find nbs/_src -name '*.py' 2>/dev/null)
+
+.PHONY: tutorial lab test text notebooks docs clean
+
+tutorial: .venv/notebooks
+	@$(BIN)/disdiff notebooks
+
+lab: .venv/notebooks
+	$(BIN)/jupyter lab nbs
+
+test: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+text: .venv/dev
+	@for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $${py%.ipynb}.py $$nb; done
+
+notebooks: .venv/dev
+	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; mkdir -p $$(dirname $$nb); $(BIN)/jupytext --quiet --to ipynb --update -o $${nb%.py}.ipynb $$py; done
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python .ci/readme.py
+
+docs: .venv/dev
+	@command -v quarto >/dev/null || { echo "expected Quarto 1.7 or later, found none: get it from https://quarto.org/docs/get-started"; exit 1; }
+	$(BIN)/nbdev_docs
+
+clean:            # keeps .venv, and the records of your own runs in _run/records
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis .benchmarks nbs/_src
+	@if [ -d _run ]; then find _run -mindepth 1 -maxdepth 1 -not -name records -exec rm -rf {} +; fi
+
+.venv/bin/python:
+	@[ -n "$(PY)" ] || { echo "expected Python 3.10 to 3.13 with venv, found none: install one (Debian: apt install python3-venv) or set PYTHON=path"; exit 1; }
+	$(PY) -m venv .venv
+
+.venv/notebooks: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[notebooks,fid]'
+	@touch $@
+
+.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,peers]'
+	@touch $@ .venv/notebooks

@@ -1,0 +1,71 @@
+"The repository as a whole: notebooks and exported code in step, contracts of imports, links, outputs that can be shown."
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from disdiff_tutorial.run import reading_order
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = reading_order(ROOT / "nbs")
+PACKAGE = sorted((ROOT / "disdiff_tutorial").rglob("*.py"))
+name = lambda p: p.relative_to(ROOT).as_posix()
+
+def cells(path, kind): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def tool(command, *words, **kw): return subprocess.run([Path(sys.executable).parent / command, *words], capture_output=True, text=True, **kw)
+
+def test_there_are_notebooks(): assert len(BOOK) >= 14 and BOOK[0].stem == "index"
+
+def test_export_is_in_step(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "_run", "data", "_proc", "_docs"), symlinks=True)
+    for f in ("nbs/data", "disdiff_tutorial/data"): shutil.copytree(ROOT / f, copy / f, dirs_exist_ok=True)
+    before = {p: (copy / name(p)).read_bytes() for p in PACKAGE}
+    done = tool("nbdev_export", cwd=copy)
+    assert done.returncode == 0, done.stderr
+    changed = [name(p) for p, text in before.items() if (copy / name(p)).read_bytes() != text]
+    new = {p.relative_to(copy).as_posix() for p in (copy / "disdiff_tutorial").rglob("*.py")} - {name(p) for p in PACKAGE}
+    assert not changed and not new, f"run `make notebooks`: {changed} {new}"
+
+def test_imports_keep_the_layers():
+    done = tool("lint-imports", cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+def test_packages_are_listed():
+    listed = set(re.findall(r'"(disdiff_tutorial[\w.]*)"', re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())[1]))
+    assert listed == {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE}
+
+def test_readme_is_in_step():
+    assert subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"]).returncode == 0
+
+def test_lint():
+    done = tool("ruff", "check", "--select", "F", "--ignore", "F401,F403,F405", "disdiff_tutorial", "tests", cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+@pytest.mark.parametrize("path", BOOK + [ROOT / "README.md"], ids=name)
+def test_links_resolve(path):
+    text = path.read_text() if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in cells(path, "markdown"))
+    text = re.sub(r"\$[^$]*\$", "", text)                                   # brackets of formulas are no links
+    dead = [link for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text) if not (path.parent / link).exists()]
+    assert not dead
+
+@pytest.mark.parametrize("path", [p for p in BOOK if p.stem != "index"], ids=name)
+def test_notebook_can_be_shown(path):
+    code = [c for c in cells(path, "code") if "".join(c["source"]).strip()]
+    outputs = [o for c in code for o in c["outputs"]]
+    assert outputs, "no outputs: execute it before it is committed"
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    counts = [c["execution_count"] for c in code if c["execution_count"]]
+    assert not counts or counts == sorted(counts)
+    assert path.stat().st_size < 3e6
+    shown = json.dumps(outputs)
+    assert not re.search(r"(/root/|/home/|/Users/|/work/|/tmp/)[\w.]", shown), "a path of the machine that made it"
+    assert "https://quarto" not in shown and "WARNING" not in shown
+
+@pytest.mark.parametrize("path", [p for p in BOOK if p.stem != "index"], ids=name)
+def test_figures_have_alt_text(path):
+    bare = ["".join(c["source"])[:60] for c in cells(path, "code") if any("image/png" in o.get("data", {}) for o in c["outputs"]) and "#| fig-alt:" not in "".join(c["source"])]
+    assert not bare
+
+def test_every_chapter_is_in_the_sidebar():
+    listed = re.findall(r"- ([\w/]+\.ipynb)", (ROOT / "_quarto.yml").read_text())
+    assert listed == [p.relative_to(ROOT / "nbs").as_posix() for p in BOOK]
+    assert (ROOT / "nbs" / "_quarto.yml").is_symlink()
