@@ -2,6 +2,7 @@
 #   make tutorial [SCALE=smoke|cpu|long|gpu|paper] [RETRAIN=1]   execute the book in reading order; goes on where it was stopped
 #   make lab                                                     open it in JupyterLab
 #   make test                                                    everything that CI runs
+#   make bench                                                   speed beside other libraries
 #   make text | notebooks | docs | clean                         text view of the notebooks | back again | the site | tidy up
 
 BIN := .venv/bin
@@ -15,7 +16,7 @@ PY    = $(firstword $(foreach p,$(PYTHON) python3 python3.12 python3.11 python3.
 BOOK  = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/_*')
 TEXT  = $(shell find nbs/_src -name '*.py' 2>/dev/null)
 
-.PHONY: tutorial lab test text notebooks docs clean
+.PHONY: tutorial lab test bench text notebooks docs clean
 
 tutorial: .venv/notebooks
 	@$(BIN)/disdiff notebooks
@@ -24,7 +25,10 @@ lab: .venv/notebooks
 	$(BIN)/jupyter lab nbs
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --benchmark-disable
+
+bench: .venv/dev  # times our network and training beside diffusers' and lucidrains'; on an idle machine, about 20 minutes
+	$(BIN)/pytest -s --benchmark-enable tests/benchmarks
 
 text: .venv/dev
 	@for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $${py%.ipynb}.py $$nb; done

@@ -144,8 +144,9 @@ def test_guidance_is_exact_at_one_and_zero():
         torch.testing.assert_close(eps, (1 - w) * no + w * yes)                  # iVAE (8), gamma = w
     units = torch.randn(4, 3, 5)                                                 # (n, N, D) conditions, as cross-attention takes them
     seen = []
-    guided(lambda x, t, c: seen.append(c) or x, units, 2.0, null=torch.zeros(5))(torch.randn(4, 1), torch.rand(4))
+    for w in (2.0, 1.0, 0.0): guided(lambda x, t, c: seen.append(c) or x, units, w, null=torch.zeros(5))(torch.randn(4, 1), torch.rand(4))
     assert torch.equal(seen[0], torch.cat([units, torch.zeros_like(units)]))
+    assert torch.equal(seen[1], units) and torch.equal(seen[2], torch.zeros_like(units))      # one pass of half the size each
 
 
 def test_guidance_does_not_sample_the_tilted_density():

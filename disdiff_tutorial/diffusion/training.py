@@ -7,7 +7,7 @@ __all__ = ['LOG', 'Batches', 'walk', 'as_function', 'decay_at', 'rate', 'Alone',
            'same_everywhere', 'start_together', 'as_module', 'State', 'update', 'mean_loss', 'Fit', 'fit']
 
 # %% ../../nbs/diffusion/23_training.ipynb #d3d0e83d
-import glob, math, os, time
+import glob, os, time
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -69,8 +69,12 @@ class Alone:
     def wait_for_everyone(self): pass
 
 def accelerator():
-    "accelerate's Accelerator where several processes were launched, else a stand-in for one. With several GPUs call it before anything goes to one: it gives each process its own."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return Alone()
+    """accelerate's Accelerator where torchrun or `accelerate launch` started several processes, else a stand-in for one. With several GPUs call it before anything
+    goes to one: it gives each process its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        fewer = "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True"      # `accelerate launch --cpu --num_processes 2` starts one
+        require(not fewer, "several processes", "one, since `accelerate launch --cpu` starts no more", "use torchrun --nproc-per-node, on CPUs too")
+        return Alone()
     from accelerate import Accelerator
     return Accelerator(cpu=not torch.cuda.is_available())
 
@@ -106,8 +110,8 @@ def same_everywhere(acc, tensors):
 def start_together(state, acc):
     "Several processes: the same weights in all (the first one's), different noise in each."
     if acc.num_processes == 1: return
-    where = state.trained[0].device
-    require(where == acc.device, f"weights on {acc.device}, this process's own device", where, "call accelerator() before you place the module")
+    mine, where = ((d.type, d.index or 0) for d in (acc.device, state.trained[0].device))
+    require(where == mine, f"weights on {acc.device}, this process's own device", "{}:{}".format(*where), "call accelerator() before you place the module")
     same_everywhere(acc, state.tensors().values())
     torch.manual_seed((torch.initial_seed() + 7919 * state.step + acc.process_index) % 2**63)
 
@@ -172,7 +176,9 @@ def update(state, loss, batch, lr, clip, ema, acc):
     state.optimiser.zero_grad()
     value.backward()
     require(any(p.grad is not None for p in state.trained), "a loss that depends on the parameters to train", "no gradient", "pass the parameters that the loss uses")
-    if acc.num_processes > 1: average_over(acc, [p.grad if p.grad is not None else p.new_zeros(p.shape) for p in state.trained])
+    if acc.num_processes > 1:
+        for p in state.trained: p.grad = torch.zeros_like(p) if p.grad is None else p.grad       # unused here, perhaps not elsewhere
+        average_over(acc, [p.grad for p in state.trained])
     norm = nn.utils.clip_grad_norm_(state.trained, clip)
     state.optimiser.step()
     state.step, state.images = state.step + 1, state.images + len(batch[0])
@@ -183,10 +189,10 @@ def update(state, loss, batch, lr, clip, ema, acc):
 def mean_loss(losses, step):
     "The mean of the recent `losses`, the last of which belongs to `step`; one line that names the first step whose loss or gradient was not finite."
     values = torch.stack(losses)
-    if not math.isfinite(mean := values.mean().item()):
-        first = (~values.isfinite()).nonzero()[0].item()
-        require(False, "a finite loss and gradient", f"{values[first].item()} at step {step - len(losses) + first + 1}", "lower lr, or look at the batch", FloatingPointError)
-    return mean
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    found = f"{values[bad[0]].item()} at step {step - len(losses) + bad[0] + 1}" if bad else ""
+    require(not bad, "a finite loss and gradient", found, "lower lr, or look at the batch", FloatingPointError)
+    return values.mean().item()
 
 # %% ../../nbs/diffusion/23_training.ipynb #66369604
 class Fit(NamedTuple):
@@ -205,8 +211,8 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     learning rate falls to 0 at its end. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
     `checkpoint`: a file, written at the start, every `every` steps and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
-    drawn from torch) to bitwise the same weights as if it had never stopped. Under `accelerate launch` each process takes its share of every batch, and gradients are
-    averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays."""
+    drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
+    gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
     state, acc = State(as_module(params)), accelerator()
@@ -218,10 +224,11 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
     with progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
-            done, stop = spent(state, steps, minutes, time.perf_counter() - began, acc)
+            seconds = time.perf_counter() - began
+            state.seconds = before + seconds
+            done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
             state.recent.append(update(state, loss, get(state.step), lr * rate(state.step, done, warmup), clip, ema, acc))
-            state.seconds = before + time.perf_counter() - began
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
             if state.recent[-1].is_cuda and not (log or write): continue     # reading a loss would stall the GPU
