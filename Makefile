@@ -3,7 +3,8 @@
 #   make lab                                                     open it in JupyterLab
 #   make test                                                    everything that CI runs
 #   make bench                                                   speed beside other libraries
-#   make text | notebooks | docs | clean                         text view of the notebooks | back again | the site | tidy up
+#   make text | notebooks | outputs                              text view of the notebooks | back again | outputs of a whole pass
+#   make docs | clean                                            the site | tidy up
 
 BIN := .venv/bin
 SCALE ?= $(DISDIFF_SCALE)
@@ -16,7 +17,7 @@ PY    = $(firstword $(foreach p,$(PYTHON) python3 python3.12 python3.11 python3.
 BOOK  = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/_*')
 TEXT  = $(shell find nbs/_src -name '*.py' 2>/dev/null)
 
-.PHONY: tutorial lab test bench text notebooks docs clean
+.PHONY: tutorial lab test bench text notebooks outputs docs clean
 
 tutorial: .venv/notebooks
 	@$(BIN)/disdiff notebooks
@@ -36,6 +37,10 @@ text: .venv/dev
 notebooks: .venv/dev
 	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; mkdir -p $$(dirname $$nb); $(BIN)/jupytext --quiet --to ipynb --update -o $${nb%.py}.ipynb $$py; done
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python .ci/readme.py
+
+outputs: .venv/dev tutorial   # the outputs of a whole pass into the notebooks themselves, before they are committed
+	@for nb in $(BOOK); do cp _run/$${nb#nbs/} $$nb; done
+	@$(BIN)/nbdev_clean
 
 docs: .venv/dev
 	@command -v quarto >/dev/null || { echo "expected Quarto 1.7 or later, found none: get it from https://quarto.org/docs/get-started"; exit 1; }

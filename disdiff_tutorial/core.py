@@ -104,8 +104,8 @@ def atomic(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle); tmp = Path(tmp)
-        tmp.chmod(0o644)   # mkstemp's files are closed to everybody else
         yield tmp
+        tmp.chmod(0o644)   # temporary files are closed to everybody else
         os.replace(tmp, path)
     except OSError as err:
         raise OSError(f"expected to write {short(path)}, found {err.strerror or err}: free space or choose a writable folder") from err

@@ -1,14 +1,12 @@
 "data.factors and data.sprites: the grid's arithmetic, batches, the renderer against an independent one, and against true frames of dSprites."
-import math, os, subprocess, sys, time
+import math, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from disdiff_tutorial.data.factors import FactorData, FactorGrid
 from disdiff_tutorial.data.sprites import Sprites, ellipse, heart, outlines, square, tables
 
-named = Path(os.environ.get("DISDIFF_REFERENCE") or "no such file")
-FRAMES = next((p for p in (named, named / "dsprites-frames.npz", Path(__file__).parents[2] / "shared/reference/images/dsprites-frames.npz")
-               if p.is_file()), None)
+FRAMES = Path(__file__).parents[1] / "data" / "reference" / "dsprites-frames.npz"
 data = Sprites(device="cpu")
 draw = lambda *factors: data.images(torch.tensor([factors]))
 
@@ -201,7 +199,6 @@ def test_outlines_have_the_corners_of_the_original():
     assert [len(p) for p in outlines().values()] == [4, 100, 150] and ellipse().amax(0)[0] == pytest.approx(.15 * 1.33) and heart().dtype == torch.float64
 
 
-@pytest.mark.skipif(FRAMES is None, reason="the true frames are not on this machine: name dsprites-frames.npz in DISDIFF_REFERENCE")
 def test_true_frames():
     "Each true frame is pixel-identical to an image of the grid. The sweeps of the animation leave two factors at their ends, so a part of the grid is enough."
     frames = torch.from_numpy(np.load(FRAMES, allow_pickle=False)["frames"] > 0)

@@ -7,11 +7,10 @@ __all__ = ['METHODS', 'em_step', 'langevin_step', 'integrate', 'flow', 'ddim_ste
            'evaluating', 'place', 'sample', 'energy_test']
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #3ed029a9
-import contextlib, sys, warnings
+import contextlib, warnings
 import torch
 from torch import nn
-from tqdm import tqdm
-from ..core import require
+from ..core import progress_bar, require
 from .dsm import T_MIN
 from .sde import like
 
@@ -126,7 +125,7 @@ def sample(net, sde, shape, cond=None, method="dpm++", steps=50, guidance=1., nu
             end = torch.tensor(T_MIN, device=where)
             x = flow(eps, sde, x, times[0], end)
             return ddim_step(x, eps(x, end.expand(len(x))), sde, end, times[-1])
-        for s, t in tqdm(list(zip(times, times[1:])), disable=not progress, file=sys.stdout, mininterval=0.5):
+        for s, t in progress_bar(list(zip(times, times[1:])), show=progress):
             e = eps(x, s.expand(len(x)))
             if method == "dpm++":
                 x0 = sde.convert(e, x, s, "eps", "x0")

@@ -120,7 +120,7 @@ class UNet(nn.Module):
             c, kept = m * width, kept + [m * width] * blocks
             if level < len(mults) - 1: self.shrink.append(nn.Conv2d(c, c, 3, stride=2, padding=1)); kept.append(c)
         self.skips = nn.ModuleList([nn.Identity() for _ in kept])
-        self.middle = nn.ModuleList([stage(c, c, len(mults) - 1 if attend else None), stage(c, c, None)])
+        self.middle = stage(c, c, len(mults) - 1 if attend else None)
         for level, m in reversed(list(enumerate(mults))):
             stages = nn.ModuleList()
             for _ in range(blocks + 1): stages.append(stage(c + kept.pop(), m * width, level)); c = m * width
@@ -154,7 +154,7 @@ class UNet(nn.Module):
         for level, stages in enumerate(self.down):
             for stage in stages: h = stage(h, temb, cond); kept.append(h)
             if level < len(self.shrink): h = self.shrink[level](h); kept.append(h)
-        for stage in self.middle: h = stage(h, temb, cond)
+        h = self.middle(h, temb, cond)
         for level, stages in enumerate(self.up):
             for stage in stages: h = stage(torch.cat([h, self.skips[len(kept) - 1](kept.pop())], 1), temb, cond)   # the seam
             if level < len(self.grow): h = self.grow[level](F.interpolate(h, scale_factor=2.))

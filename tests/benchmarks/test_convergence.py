@@ -5,7 +5,7 @@ Same data, batch, machine and noise schedule (DDPM's), the same measure for all:
 import os, time
 import pytest, torch
 from torch.nn import functional as F
-from disdiff_tutorial.core import seed_everything, to_float
+from disdiff_tutorial.core import Record, runs_dir, seed_everything, to_float
 from disdiff_tutorial.data.files import mnist_or_digits
 from disdiff_tutorial.diffusion.dsm import dsm_loss
 from disdiff_tutorial.diffusion.sde import DDPM, like
@@ -86,15 +86,19 @@ def crossing(curve, level):
 def test_race(request):
     timed = not request.config.getoption("benchmark_disable")
     seconds = 60 * float(os.environ.get("BENCH_MINUTES", 3)) if timed else 0
-    data, held_out = mnist_or_digits("train").images, to_float(mnist_or_digits("test").images[:500 if timed else 16])
-    curves = {}
-    for name, race in {"diffusers": race_diffusers, "lucidrains": race_lucidrains, "ours, same resolution": race_ours,
-                       "ours, packed 2 x 2": lambda *a: race_ours(*a, stem=2)}.items():
+    train, held_out = mnist_or_digits("train"), to_float(mnist_or_digits("test").images[:500 if timed else 16])
+    record = Record("benchmark/race", "cpu", 0, config=dict(width=WIDTH, batch=BATCH, data=train.name, seconds_each=seconds))
+    for name, race in {"diffusers": race_diffusers, "lucidrains": race_lucidrains, "ours": race_ours, "ours, packed 2 x 2": lambda *a: race_ours(*a, stem=2)}.items():
         seed_everything(0)
-        curves[name] = race(data, held_out, seconds)
-        assert curves[name] and all(loss == loss for _, loss in curves[name])
-        print(f"\n{name:24s} {len(curves[name]) * EVERY} steps, held-out loss {curves[name][-1][1]:.4f} after {curves[name][-1][0]:.0f} s")
+        record.curves[name] = race(train.images, held_out, seconds)
+        assert record.curves[name] and all(loss == loss for _, loss in record.curves[name])
+        record.add(f"held-out loss at the end, {name}", record.curves[name][-1][1], len(held_out), "test")
     if not timed: return
-    level = min(sum(loss for _, loss in curves[peer][-3:]) / 3 for peer in ("diffusers", "lucidrains"))
-    for name, curve in curves.items(): print(f"{name:24s} reaches {level:.4f} after {crossing(curve, level):.0f} s")
-    assert crossing(curves["ours, packed 2 x 2"], level) * 1.5 <= min(crossing(curves[peer], level) for peer in ("diffusers", "lucidrains"))
+    level = min(sum(loss for _, loss in record.curves[peer][-3:]) / 3 for peer in ("diffusers", "lucidrains"))
+    times = {name: crossing(curve, level) for name, curve in record.curves.items()}
+    record.add("loss of the better peer at the end", level, len(held_out), "test")
+    for name, t in times.items():
+        if t < float("inf"): record.add(f"seconds to that loss, {name}", t, len(held_out), "test")
+    record.seconds = 4 * seconds
+    print("\n" + "\n".join(f"{k:55s} {m['value']:9.4f}" for k, m in record.metrics.items()), "\n", record.save(os.environ.get("BENCH_OUT") or runs_dir()))
+    assert times["ours"] * 1.5 <= min(times[peer] for peer in ("diffusers", "lucidrains"))

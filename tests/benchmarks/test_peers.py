@@ -1,10 +1,11 @@
 """Our U-Net beside those of diffusers and denoising-diffusion-pytorch: equal width, depth, batch and process.
 
-`make test` runs each once, untimed; `make bench` times them in turns and prints the ratios. Arithmetic is counted, since no two of these networks do exactly the
-same: a rate is images/s times operations per image."""
-import time
+`make test` runs each once, untimed; `make bench` times them in turns, prints the ratios, and leaves a record. Arithmetic is counted, since no two of these networks
+do exactly the same: a rate is images/s times operations per image."""
+import os, time
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
+from disdiff_tutorial.core import Record, runs_dir
 from disdiff_tutorial.diffusion.unet import UNet
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
@@ -15,12 +16,13 @@ def ours(): return UNet(width=WIDTH, mults=(1, 2), blocks=2)
 def ours_attending(): return UNet(width=WIDTH, mults=(1, 2), blocks=2, attend=(1,))
 
 class Diffusers(torch.nn.Module):
-    "diffusers' UNet2DConditionModel with plain blocks: two residual blocks a level and one in the middle, no attention."
-    def __init__(self):
+    "diffusers' UNet2DConditionModel: two residual blocks a level and one in the middle; with `attend`, self-attention after each block of the coarse level."
+    def __init__(self, attend=False):
         super().__init__()
+        kind = "Attn" if attend else ""
         self.net = diffusers.UNet2DConditionModel(
-            sample_size=SIZE, in_channels=1, out_channels=1, block_out_channels=(WIDTH, 2 * WIDTH), layers_per_block=2, down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2, mid_block_type="UNetMidBlock2D", cross_attention_dim=16)
+            sample_size=SIZE, in_channels=1, out_channels=1, block_out_channels=(WIDTH, 2 * WIDTH), layers_per_block=2, attention_head_dim=32,
+            down_block_types=("DownBlock2D", f"{kind}DownBlock2D"), up_block_types=(f"{kind}UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D", cross_attention_dim=16)
     def forward(self, x, t): return self.net(x, 1000 * t, torch.zeros(len(x), 1, 16)).sample
 
 class Lucidrains(torch.nn.Module):
@@ -30,7 +32,7 @@ class Lucidrains(torch.nn.Module):
         self.net = lucidrains.Unet(dim=WIDTH, dim_mults=(1, 2), channels=1)
     def forward(self, x, t): return self.net(x, 1000 * t)
 
-NETS = {"ours": ours, "ours, attending": ours_attending, "diffusers": Diffusers, "lucidrains": Lucidrains}
+NETS = {"ours": ours, "diffusers": Diffusers, "ours, attending": ours_attending, "diffusers, attending": lambda: Diffusers(True), "lucidrains, attending": Lucidrains}
 
 @pytest.fixture(scope="module")
 def nets(): torch.manual_seed(0); return {name: make() for name, make in NETS.items()}
@@ -56,6 +58,25 @@ def test_rate(benchmark, nets, name, work):
     benchmark.pedantic(work, args=(net,), rounds=5, warmup_rounds=1)
     if benchmark.enabled: benchmark.extra_info["images/s"] = BATCH / benchmark.stats.stats.min
 
+def kept(net):
+    "Megabytes that one image keeps for the backward pass, weights left out: what training memory grows by."
+    seen, weights = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+    def note(x):
+        if x.untyped_storage().data_ptr() not in weights: seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = net(*batch())
+    return sum(seen.values()) / 2**20 / len(out)
+
+def shares(net):
+    "Where the time of a training step goes: share of each kind of operator."
+    kinds = {"convolution": "convolutions", "norm": "normalisation", "silu": "activations", "mm": "linear layers", "attention": "attention", "softmax": "attention", "bmm": "attention"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: train(net)
+    total, found = 0, dict.fromkeys([*kinds.values(), "the rest"], 0)
+    for event in profile.key_averages():
+        kind = next((kinds[k] for k in kinds if k in event.key.lower()), "the rest")
+        found[kind] += event.self_cpu_time_total; total += event.self_cpu_time_total
+    return {kind: t / total for kind, t in found.items()}
+
 def best_of(rounds, nets, work):
     "Seconds per batch of each network, the best of several rounds in turns, so that a busy moment hits none alone."
     best = dict.fromkeys(nets, float("inf"))
@@ -66,11 +87,19 @@ def best_of(rounds, nets, work):
 
 def test_ratios(nets, request):
     timed = not request.config.getoption("benchmark_disable")
+    record = Record("benchmark/unet", "cpu", 0, config=dict(width=WIDTH, size=SIZE, batch=BATCH))
+    flops, rounds, began = {name: operations(net) for name, net in nets.items()}, 8 if timed else 1, time.perf_counter()
     for work in (train, infer):
-        seconds, flops = best_of(8 if timed else 1, nets, work), {name: operations(net) * BATCH for name, net in nets.items()}
-        speed = {name: flops[name] / seconds[name] / 1e9 * (3 if work is train else 1) for name in nets}
-        peer = max(speed["diffusers"], speed["lucidrains"])
-        print(f"\n{work.__name__}: " + "; ".join(f"{n} {BATCH / seconds[n]:.1f} images/s, {speed[n]:.0f} GFLOP/s" for n in nets))
-        print(f"{work.__name__}: ours {speed['ours'] / peer:.2f} times the better peer at equal arithmetic, attending {speed['ours, attending'] / peer:.2f}")
-        assert all(s > 0 for s in speed.values())
-        if timed: assert speed["ours"] >= 0.97 * peer                         # a few percent are this machine's noise
+        seconds = best_of(rounds, nets, work)
+        rate = {name: BATCH / seconds[name] for name in nets}
+        for name in nets: record.add(f"{work.__name__} images/s, {name}", rate[name], rounds, "best of rounds")
+        for mine, peers in (("ours", ["diffusers"]), ("ours, attending", ["diffusers, attending", "lucidrains, attending"])):
+            ratio = rate[mine] * flops[mine] / max(rate[p] * flops[p] for p in peers)
+            record.add(f"{work.__name__} ratio at equal arithmetic, {mine}", ratio, rounds, "best of rounds")
+            assert ratio > (0.95 if timed else 0)                             # 1, less a few percent of noise
+    for name, net in nets.items():
+        record.add(f"GFLOP per image, {name}", flops[name] / 1e9, 1, "counted")
+        record.add(f"MB kept per image, {name}", kept(net), BATCH, "counted")
+    for kind, share in shares(nets["ours, attending"]).items(): record.add(f"share of time, ours, {kind}", share, 1, "profiled")
+    record.seconds = time.perf_counter() - began
+    if timed: print("\n" + "\n".join(f"{k:55s} {m['value']:9.3f}" for k, m in record.metrics.items()), "\n", record.save(os.environ.get("BENCH_OUT") or runs_dir()))

@@ -1,0 +1,64 @@
+"Digits end to end: the experiment stops, resumes and loads; the shipped record keeps what the chapter claims; nothing is needed from the network."
+import socket
+import pytest, torch
+from disdiff_tutorial import digits as module
+from disdiff_tutorial.core import Config, Record, checkout, to_float
+from disdiff_tutorial.data import files
+from disdiff_tutorial.run import records, run
+
+SHIPPED = [Record.load(p) for p in sorted((checkout() / "data" / "records").glob("diffusion-digits-*.json"))]
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "No MNIST on this machine, and no network."
+    monkeypatch.setenv("DISDIFF_DATA", str(tmp_path / "none"))
+    def refuse(*args, **kw): raise OSError("Network is unreachable")
+    monkeypatch.setattr(socket, "create_connection", refuse); monkeypatch.setattr(socket.socket, "connect", refuse)
+
+def test_spoiled_digits_are_in_range_and_changed():
+    torch.manual_seed(0)
+    x = to_float(files.digits("test").images[:50])
+    bad = module.spoil(x)
+    assert bad.shape == x.shape and bad.abs().max() <= 1 and (bad != x).flatten(1).any(1).all()
+
+def test_offline_it_goes_on_with_smaller_digits_in_one_line(offline, capsys):
+    assert files.mnist_or_digits("test").name == "digits"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "digits" in said
+
+def test_experiment_runs_offline_at_smoke(offline, tmp_path):
+    record = run("diffusion/digits", "smoke", out=tmp_path)
+    assert record.config["data"] == "digits" and record.config["steps"] == module.SIZES["smoke"]["steps"]
+    assert sorted(p.name for p in tmp_path.glob("*.*")) == ["diffusion-digits-smoke-s0.json", "diffusion-digits-smoke-s0.safetensors"]   # no checkpoint left
+    net, reader = module.load(record)
+    assert module.draw(net, torch.arange(4), evaluations=3).shape == (4, 1, 28, 28) and not net.training
+    assert module.read(reader, to_float(files.digits("test").images[:3])).shape == (3, 11)
+
+def test_stopped_by_the_clock_it_goes_on(offline, tmp_path):
+    config = Config("diffusion/digits", "smoke", 0, 1e-4, tmp_path)
+    early = module.digits(config)
+    assert early.config["steps"] < module.SIZES["smoke"]["steps"] and (tmp_path / f"{early.stem}.resume.safetensors").exists()
+    config.minutes = None
+    late = module.digits(config)
+    assert late.config["steps"] == module.SIZES["smoke"]["steps"] and not (tmp_path / f"{early.stem}.resume.safetensors").exists()
+
+def test_a_record_is_shipped(): assert SHIPPED
+
+@pytest.mark.parametrize("record", SHIPPED, ids=lambda r: r.stem)
+def test_shipped_record_reaches_the_goal(record):
+    value = lambda name: record.metrics[name]["value"]
+    assert record.config["data"] == "mnist" and value("reader accuracy") >= 0.98
+    goal = 0.9 if record.scale in ("gpu", "paper") else 0.6
+    assert value("legible, class, w = 1") >= goal and value("digits seen, class, w = 1") == 10
+    assert record.file(".safetensors").stat().st_size < 12e6
+
+@pytest.mark.parametrize("record", SHIPPED, ids=lambda r: r.stem)
+def test_shipped_weights_give_the_recorded_legibility(record):
+    net, reader = module.load(record)
+    torch.manual_seed(0)
+    sure, _ = module.legible(reader, module.draw(net, torch.arange(100) % 10))
+    assert abs(sure.float().mean() - record.metrics["legible, class, w = 1"]["value"]) < 0.17        # 3.5 standard errors of 100 samples
+
+def test_best_record_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("DISDIFF_RUNS", str(tmp_path))
+    assert records("diffusion/digits")[0].stem == SHIPPED[0].stem if len(SHIPPED) == 1 else records("diffusion/digits")
