@@ -43,7 +43,7 @@ def test_lint():
 @pytest.mark.parametrize("path", BOOK + [ROOT / "README.md"], ids=name)
 def test_links_resolve(path):
     text = path.read_text() if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in cells(path, "markdown"))
-    text = re.sub(r"\$[^$]*\$", "", text)                                   # brackets of formulas are no links
+    text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.S)                                   # brackets of formulas are no links
     dead = [link for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text) if not (path.parent / link).exists()]
     assert not dead
 
