@@ -64,7 +64,7 @@ def legible(reader, images):
 SDE = VPSDE()
 SIZES = dict(
     smoke=dict(width=16, steps=30, reader_steps=60, samples=40, evaluations=8),
-    cpu=dict(width=32, steps=2000, reader_steps=700, samples=500, evaluations=25),
+    cpu=dict(width=32, steps=2500, reader_steps=700, samples=500, evaluations=25),
     long=dict(width=64, steps=12_000, reader_steps=1500, samples=1000, evaluations=25),
     gpu=dict(width=96, steps=20_000, reader_steps=3000, samples=10_000, evaluations=50))
 
