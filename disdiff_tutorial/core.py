@@ -133,7 +133,8 @@ def load_tensors(path):
 # %% ../nbs/00_core.ipynb #9746ea21
 def progress_bar(items=None, show=True, **kw):
     "A tqdm bar over `items` (or `total=`) on standard output; silent where nobody watches: in logs, tests, pipes, and with show=False."
-    watched = sys.stdout.isatty() or "ipykernel" in sys.modules
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    watched = sys.stdout.isatty() or hasattr(shell, "kernel")                  # a notebook
     return tqdm(items, file=sys.stdout, mininterval=0.5, disable=not (show and watched), **kw)
 
 # %% ../nbs/00_core.ipynb #2f848265

@@ -1,14 +1,16 @@
-"data.files: the idx parser, checksums, downloads from a local server, and the fallback; the whole real MNIST where it is found."
-import errno, gzip, hashlib, http.server, os, struct, sys, threading
+"data.files: every parser on files in the true format, on hostile ones and on random bytes; downloads from a local server; the real sets where they are found."
+import errno, gzip, hashlib, http.server, io, os, pickle, re, struct, subprocess, sys, tarfile, threading, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from disdiff_tutorial import core
 from disdiff_tutorial.data import files
-from disdiff_tutorial.data.files import File, Unavailable, read_idx
+from disdiff_tutorial.data.files import File, Source, Unavailable, read_idx
+from disdiff_tutorial.data.sprites import Sprites
 
-MNIST = next((p for p in (Path(__file__).parents[2] / "shared/data/mnist", core.data_dir() / "mnist")
-              if all(files.find(f, p) for f in files.SOURCES["mnist"].files)), None)
+SHARED = Path(os.environ.get("DISDIFF_SHARED") or Path(__file__).parents[2] / "shared") / "data"
+MNIST = next((p for p in (SHARED / "mnist", core.data_dir() / "mnist") if all(files.find(f, p) for f in files.SOURCES["mnist"].files)), None)
+FASHION = next((p for p in (core.data_dir() / "fashion_mnist", Path("/usr/share/datasets/fashion-mnist")) if all(files.find(f, p) for f in files.SOURCES["fashion_mnist"].files)), None)
 real = pytest.mark.skipif(MNIST is None, reason="the four MNIST files are not on this machine")
 COUNTS = {"train": [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], "test": [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]}
 
@@ -167,14 +169,19 @@ PACKED = {f"{name}.gz": gzip.compress(c) for name, c in CONTENTS.items()}
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
-    "Serves `replies[file]`: the bytes, the length announced (None: not announced), the status; notes what was asked."
+    """Serves `replies[file]`: the bytes, the length announced (None: not announced), the status; notes what was asked. `server.ranges` says whether it sends parts;
+    `server.cut[file]` is a list: after how many bytes to hang up, once for each entry."""
     def do_GET(self):
-        name = self.path.rsplit("/", 1)[-1]
-        self.server.asked.append(self.path)
+        name, start = self.path.rsplit("/", 1)[-1], int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.server.asked.append(self.path if not start else (self.path, start))
         body, length, status = self.server.replies.get(name, (b"gone", 4, 404))
+        if start and self.server.ranges and status == 200:
+            if start >= len(body): status, body, length = 416, b"", 0
+            else: status, body, length = 206, body[start:], length and length - start
         self.send_response(status)
+        if status == 206: self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/*")
         if length is not None: self.send_header("Content-Length", str(length))
-        self.end_headers(); self.wfile.write(body)
+        self.end_headers(); self.wfile.write(body[:cut.pop(0)] if (cut := self.server.cut.get(name)) else body)
     def log_message(self, *words): pass
 
 
@@ -183,7 +190,7 @@ def mirror(monkeypatch):
     "A mirror that behaves; a test bends `replies`. The data set `mnist` is a small one meanwhile."
     monkeypatch.setenv("no_proxy", "127.0.0.1"); monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
-        server.asked, server.replies = [], {name: (body, len(body), 200) for name, body in PACKED.items()}
+        server.asked, server.ranges, server.cut, server.replies = [], True, {}, {name: (body, len(body), 200) for name, body in PACKED.items()}
         server.url = f"http://127.0.0.1:{server.server_port}/some/folder"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}); thread.start()
         table = {name: File(len(PACKED[f"{name}.gz"]), len(c), hashlib.sha256(c).hexdigest()) for name, c in CONTENTS.items()}
@@ -194,7 +201,7 @@ def mirror(monkeypatch):
 
 
 def test_download(tmp_path, mirror, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipykernel", None)             # somebody watches
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)          # somebody watches
     s = files.load("mnist", tmp_path / "new" / "mnist")
     assert np.array_equal(s.images[:, 0].numpy(), IMAGES) and s.labels.tolist() == LABELS.tolist()
     bar = capfd.readouterr().out
@@ -217,15 +224,16 @@ def test_get_fetches_what_is_missing_and_checks_all(tmp_path, mirror):
 
 def test_default_folder_and_table(tmp_path, mirror, monkeypatch):
     monkeypatch.setenv("DISDIFF_DATA", str(tmp_path))
-    row = files.table()[0]
-    assert row[:2] == ("mnist", 70_000) and not row.present and row.licence and row.address.startswith("http")
+    row = lambda: {r.name: r for r in files.table()}["mnist"]
+    assert row()[:2] == ("mnist", 70_000) and not row().present and row().licence and row().address.startswith("http")
     files.get("mnist")
-    assert files.table()[0].present and (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").is_file()
+    assert row().present and (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").is_file()
     assert files.load("mnist").images.shape == (40, 1, 28, 28)
 
 
 def test_table_of_the_true_set():
-    assert round(files.table()[0].megabytes, 1) == 11.6
+    rows = {r.name: r for r in files.table()}
+    assert round(rows["mnist"].megabytes, 1) == 11.6 and rows["mpi3d_toy"].megabytes is None
 
 
 def test_length_not_announced(tmp_path, mirror):
@@ -251,7 +259,7 @@ REPLIES = {  # name: (body, announced length, status), words of the message
     "truncated gz": ((body[:-20], len(body) - 20, 200), "damaged"), "a web page": ((b"<html>log in</html>", 19, 200), "damaged"),
     "another file": ((PACKED["t10k-images-idx3-ubyte.gz"], None, 200), "not the original"),
     "bomb": ((gzip.compress(CONTENTS["train-images-idx3-ubyte"] + bytes(1 << 23)), None, 200), "damaged"),
-    "too large": ((bytes(10 * len(body)), None, 200), "more than")}
+    "too large": ((bytes(10 * len(body)), None, 200), "not the original")}
 
 
 @pytest.mark.parametrize("case", REPLIES)
@@ -259,12 +267,13 @@ def test_mirror_misbehaves(tmp_path, mirror, case):
     mirror.replies[NAME], words = REPLIES[case]
     with pytest.raises(Unavailable) as e: files.load("mnist", tmp_path)
     one_line(e, words, mirror.url, NAME, "by hand", "DISDIFF_MNIST_MIRROR")
-    assert list(tmp_path.iterdir()) == []  # no part of it, no temporary file
+    kept = [p.name for p in tmp_path.iterdir()]
+    assert kept == ([NAME + ".part"] if case == "killed mid-stream" else [])  # kept to go on with; of all the rest nothing
 
 
 def test_limit_holds_without_a_progress_bar(tmp_path, mirror):
     mirror.replies[NAME] = REPLIES["too large"][0]
-    with pytest.raises(Unavailable, match="more than"): files.load("mnist", tmp_path)
+    with pytest.raises(Unavailable, match="not the original"): files.load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("answer", [b"220 this is no web server\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc"])
@@ -274,7 +283,7 @@ def test_mirror_that_is_no_web_server_or_breaks_off_in_a_chunk(mirror, answer):
         def reply():
             with odd.accept()[0] as call: call.recv(1000); call.sendall(answer)
         thread = threading.Thread(target=reply); thread.start()
-        with pytest.raises(files.Failed) as e: list(files.stream(f"http://127.0.0.1:{odd.getsockname()[1]}/x", 100))
+        with pytest.raises(files.Failed) as e: list(files.stream(f"http://127.0.0.1:{odd.getsockname()[1]}/x"))
         thread.join()
     one_line(e)
 
@@ -283,7 +292,7 @@ def test_mirror_that_hangs(mirror):
     "A server that takes the call and never answers costs the timeout, not the afternoon."
     import socket
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(files.Failed) as e: list(files.stream(f"http://127.0.0.1:{silent.getsockname()[1]}/x", 100, timeout=0.2))
+        with pytest.raises(files.Failed) as e: list(files.stream(f"http://127.0.0.1:{silent.getsockname()[1]}/x", timeout=0.2))
     one_line(e, "timed out")
 
 
@@ -306,44 +315,91 @@ def test_fallback(tmp_path, mirror, monkeypatch, capfd):
     with pytest.raises(ValueError): files.mnist_or_digits("test")  # a damaged file is not a missing one
 
 
-def test_disk_full_while_writing(tmp_path, mirror, monkeypatch):
-    "The temporary file is /dev/full: the system's own error, at the write."
+def test_disk_full_while_writing(tmp_path, mirror):
+    "The part leads to /dev/full: the system's own error, at the write."
     if not Path("/dev/full").exists(): pytest.skip("no /dev/full on this system")
-    def mkstemp(dir, prefix, suffix):
-        Path(dir, prefix + suffix).symlink_to("/dev/full")
-        return os.open(os.devnull, os.O_RDWR), str(Path(dir, prefix + suffix))
-    monkeypatch.setattr(core.tempfile, "mkstemp", mkstemp)
+    (tmp_path / f"{NAME}.part").symlink_to("/dev/full")
     with pytest.raises(OSError) as e: files.load("mnist", tmp_path)
     one_line(e, NAME, "No space left on device", "free space")
     assert not isinstance(e.value, Unavailable) and e.value.__cause__.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == [] and len(mirror.asked) == 1  # another mirror would not help
+    assert not (tmp_path / NAME).exists() and len(mirror.asked) == 1  # another mirror would not help
 
 
 def test_disk_full_at_the_rename(tmp_path, mirror, monkeypatch):
     def replace(*paths): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(core.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(OSError) as e: files.load("mnist", tmp_path)
     one_line(e, NAME, "No space left on device"); assert not isinstance(e.value, Unavailable)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [NAME + ".part"]
 
 
 def test_folder_that_cannot_be_written(tmp_path, mirror, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as e: files.load("mnist", tmp_path / "file" / "mnist")
     one_line(e, "choose a writable folder"); assert not isinstance(e.value, Unavailable)
-    def mkstemp(**_): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(core.tempfile, "mkstemp", mkstemp)
-    with pytest.raises(OSError) as e: files.load("mnist", tmp_path)
-    one_line(e, "Permission denied", "choose a writable folder")
 
 
-def test_interrupt_leaves_nothing(tmp_path, mirror, monkeypatch):
-    def stream(*_, **__):
-        yield b"part"
+def test_interrupt_leaves_a_part_and_the_next_call_goes_on(tmp_path, mirror, monkeypatch):
+    whole = files.stream
+    def stream(*args):
+        yield 0, PACKED[NAME][:3000]
         raise KeyboardInterrupt
     monkeypatch.setattr(files, "stream", stream)
     with pytest.raises(KeyboardInterrupt): files.load("mnist", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [NAME + ".part"]
+    monkeypatch.setattr(files, "stream", whole)
+    assert len(files.load("mnist", tmp_path).images) == 40 and mirror.asked[0] == (f"/some/folder/{NAME}", 3000)
+
+
+def test_a_download_cut_three_times(tmp_path, mirror):
+    "Each call goes on where the last was cut; the file gets its name in the end, and is the file."
+    mirror.cut[NAME] = [4000, 5000, 1]
+    for have in (4000, 9000, 9001):
+        with pytest.raises(Unavailable, match=f"broke off after {have:,}"): files.load("mnist", tmp_path)
+        assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {NAME + ".part": have}
+    files.load("mnist", tmp_path)
+    assert (tmp_path / NAME).read_bytes() == PACKED[NAME] and not list(tmp_path.glob("*.part"))
+    assert [a for a in mirror.asked if NAME in str(a)] == [f"/some/folder/{NAME}"] + [(f"/some/folder/{NAME}", k) for k in (4000, 9000, 9001)]
+
+
+def test_a_server_that_cannot_send_parts_sends_all_again(tmp_path, mirror):
+    mirror.ranges = False
+    (tmp_path / f"{NAME}.part").write_bytes(PACKED[NAME][:4000])
+    assert len(files.load("mnist", tmp_path).images) == 40
+    assert (tmp_path / NAME).read_bytes() == PACKED[NAME] and mirror.asked[0] == (f"/some/folder/{NAME}", 4000)
+
+
+@pytest.mark.parametrize("part", [b"x" * 4000, PACKED["t10k-images-idx3-ubyte.gz"], bytes(10**5)], ids=["junk", "another file", "too long: 416"])
+def test_a_part_that_does_not_fit_is_started_over(tmp_path, mirror, part):
+    (tmp_path / f"{NAME}.part").write_bytes(part)
+    assert len(files.load("mnist", tmp_path).images) == 40
+    assert (tmp_path / NAME).read_bytes() == PACKED[NAME] and len([a for a in mirror.asked if NAME in str(a)]) == 2
+
+
+def test_a_whole_part_is_only_checked(tmp_path, mirror, monkeypatch):
+    "A set whose files travel as they are: nothing is asked of the server when all has come already."
+    monkeypatch.setitem(files.SOURCES, "ten", Source({"all": 1}, "", "", (mirror.url,), {"a.bin": File(None, 7, hashlib.sha256(b"seven!!").hexdigest())}, None))
+    (tmp_path / "a.bin.part").write_bytes(b"seven!!")
+    assert [p.read_bytes() for p in files.get("ten", tmp_path)] == [b"seven!!"] and mirror.asked == [] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_server_that_answers_with_another_part(tmp_path, mirror, monkeypatch):
+    (tmp_path / f"{NAME}.part").write_bytes(PACKED[NAME][:4000])
+    monkeypatch.setattr(Mirror, "send_header", lambda self, k, v: http.server.BaseHTTPRequestHandler.send_header(self, k, "bytes 7-9/10" if k == "Content-Range" else v))
+    with pytest.raises(Unavailable) as e: files.load("mnist", tmp_path)
+    one_line(e, "asked for byte 4,000, got 7")
+
+
+@pytest.mark.parametrize("file", [File(None, 7, None, hashlib.md5(b"seven!!").hexdigest()), File(None, None, None, hashlib.md5(b"seven!!").hexdigest())])
+def test_only_an_md5_is_known(tmp_path, mirror, monkeypatch, file):
+    monkeypatch.setitem(files.SOURCES, "ten", Source({"all": 1}, "", "", (mirror.url,), {"a.bin": file}, None))
+    for body, good in ((b"seven!?", False), (b"seven!!", True)):
+        mirror.replies["a.bin"] = body, 7, 200
+        if good: assert files.get("ten", tmp_path)[0].read_bytes() == body
+        else:
+            with pytest.raises(Unavailable, match="not the original"): files.get("ten", tmp_path)
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_two_at_once(tmp_path, mirror):
@@ -359,10 +415,10 @@ def test_two_at_once(tmp_path, mirror):
 @pytest.mark.parametrize("call", [lambda: files.load("minst"), lambda: files.get("minst"), lambda: files.load("")])
 def test_unknown_set(call):
     with pytest.raises(ValueError) as e: call()
-    one_line(e, "expected a data set among mnist")
+    one_line(e, "expected a data set among dsprites", "mnist")
 
 
-@pytest.mark.parametrize("call", [lambda: files.load("mnist", split="valid"), lambda: files.digits("valid"), lambda: files.mnist_or_digits(None)])
+@pytest.mark.parametrize("call", [lambda: files.load("mnist", split="valid"), lambda: files.digits("valid"), lambda: files.mnist_or_digits("")])
 def test_unknown_split(call):
     with pytest.raises(ValueError) as e: call()
     one_line(e, "expected split 'train' or 'test'")
@@ -384,3 +440,709 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setattr(files.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as e: files.digits()
     one_line(e, "pip install scikit-learn")
+
+
+# --- factor sets: files in the true format, small; then hostile ones ------------------------------------------------------
+
+def shrink(monkeypatch, name, **new): monkeypatch.setitem(files.SOURCES, name, files.SOURCES[name]._replace(**new))
+def unsized(name): return {f: File(None, None, None) for f in files.SOURCES[name].files}
+def npy(array, pickled=False): f = io.BytesIO(); np.lib.format.write_array(f, array, allow_pickle=pickled); return f.getvalue()
+def header(text): return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n"
+
+def zipped(path, members, how=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", how) as z:
+        for name, body in members.items(): z.writestr(name, body)
+    return path
+
+
+class Payload:
+    "Pickled, it makes a folder `ran` when somebody unpickles it."
+    def __init__(self, where): self.where = where
+    def __reduce__(self): return os.mkdir, (str(self.where / "ran"),)
+
+
+SOME = {"color": slice(None), "shape": slice(None), "scale": slice(None), "orientation": slice(0, 40, 8), "posX": slice(0, 32, 31), "posY": slice(0, 32, 31)}
+TABLES = {k: v[SOME[k]] for k, v in files.SOURCES["dsprites"].tables.items()}
+NUMBER = torch.cartesian_prod(*(torch.arange(len(v)) for v in TABLES.values()))
+SPRITES = Sprites(device="cpu").images(NUMBER * torch.tensor([1, 1, 1, 8, 31, 31]))
+VALUES = torch.stack([v[i] for v, i in zip(TABLES.values(), NUMBER.T)], 1).numpy()
+
+
+@pytest.fixture
+def dsprites(tmp_path, monkeypatch):
+    "Writes a small dSprites file: `write(**changes)`; arrays as in the true file, headers as Python 2 wrote them, metadata a pickle."
+    shrink(monkeypatch, "dsprites", tables=TABLES, splits={"all": 360}, files=unsized("dsprites"))
+    def write(**changes):
+        arrays = {"imgs": (SPRITES[:, 0] > 0).numpy().astype("u1"), "latents_classes": NUMBER.numpy(), "latents_values": VALUES} | changes
+        members = {f"{k}.npy": v if isinstance(v, bytes) else npy(v, v.dtype == object) for k, v in arrays.items() if v is not None}
+        imgs = members.get("imgs.npy", b"")
+        if "imgs" not in changes: members["imgs.npy"] = header("{'descr': '|u1', 'fortran_order': False, 'shape': (360L, 64L, 64L), }") + imgs[-360 * 4096:]
+        described = {b"title": b"dSprites dataset", b"latents_sizes": np.array([1, 3, 6, 5, 2, 2]), b"run": Payload(tmp_path)}
+        zipped(tmp_path / next(iter(files.SOURCES["dsprites"].files)), {"metadata.npy": npy(np.array(described, dtype=object), True)} | members)
+        return files.load("dsprites", tmp_path)
+    return write
+
+
+def test_dsprites(dsprites, tmp_path):
+    s = dsprites()
+    assert len(s) == 360 and s.shape == (1, 64, 64) and s.grid.names == tuple(TABLES) and torch.equal(s.stored[:], SPRITES)
+    f = s.grid.sample(50, torch.Generator().manual_seed(0))
+    assert torch.equal(s.images(f).cpu(), SPRITES[s.grid.index(f)]) and np.allclose(s.values(f), VALUES[s.grid.index(f)])
+    assert not (tmp_path / "ran").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+bad_values, bad_classes = VALUES.copy(), NUMBER.numpy().copy()
+bad_values[7, 3], bad_classes[[0, 1]] = np.nan, bad_classes[[1, 0]]
+IMGS = (SPRITES[:, 0] > 0).numpy().astype("u1")
+BAD_SPRITES = {
+    "NaN": (dict(latents_values=bad_values), ["row 7 of latents_values", "found nan"]), "order": (dict(latents_classes=bad_classes), ["row 0 of latents_classes"]),
+    "no images": (dict(imgs=npy(IMGS[:0])), ["imgs.npy", "(0, 64, 64)"]), "shape": (dict(imgs=IMGS.reshape(360, 32, 128)), ["shape (360, 64, 64)", "(360, 32, 128)"]),
+    "type": (dict(imgs=IMGS.astype("f4")), ["uint8", "float32"]), "grey": (dict(imgs=IMGS * 2), ["pixels 0 and 1"]), "missing": (dict(imgs=None), ["'imgs'"]),
+    "Fortran": (dict(imgs=header("{'descr': '|u1', 'fortran_order': True, 'shape': (360, 64, 64), }") + IMGS.tobytes()), ["Fortran"]),
+    "short": (dict(imgs=npy(IMGS)[:-1]), ["bytes of imgs"]), "long": (dict(imgs=npy(IMGS) + b"!"), ["bytes of imgs"]), "no npy": (dict(imgs=b"hello"), ["plain npy array"]),
+    "deep header": (dict(imgs=header("(" * 9000)), ["plain npy array"]), "long header": (dict(imgs=header(" " * 60_000)), ["plain npy array"]),
+    "code in header": (dict(imgs=header("__import__('os').mkdir('ran')")), ["plain npy array"]), "promise": (dict(imgs=header("{'descr': '|u1', 'fortran_order': False, 'shape': (360, 99999999, 64), }")), ["bytes of imgs"])}
+
+
+@pytest.mark.parametrize("case", BAD_SPRITES)
+def test_bad_dsprites(dsprites, tmp_path, case, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes, words = BAD_SPRITES[case]
+    with pytest.raises(ValueError) as e: dsprites(**changes)
+    one_line(e, "expected ", "found ", "dsprites_ndarray", *words)
+    assert not (tmp_path / "ran").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pickles_are_never_run(dsprites, tmp_path):
+    "A payload in place of each array that we do read."
+    for name in ("imgs", "latents_values", "latents_classes"):
+        with pytest.raises(ValueError) as e: dsprites(**{name: np.array(Payload(tmp_path), dtype=object)})
+        one_line(e, "do not unpickle it", "dsprites_ndarray")
+    assert not (tmp_path / "ran").exists()
+    np.load(io.BytesIO(npy(np.array(Payload(tmp_path), dtype=object), True)), allow_pickle=True)
+    assert (tmp_path / "ran").exists()  # the payload is live: numpy would have run it
+
+
+def test_dsprites_against_its_checksum(dsprites, monkeypatch, tmp_path):
+    name = next(iter(files.SOURCES["dsprites"].files))
+    dsprites()
+    right = File(None, None, None, hashlib.md5((tmp_path / name).read_bytes()).hexdigest())
+    shrink(monkeypatch, "dsprites", files={name: right}); files.load("dsprites", tmp_path)
+    shrink(monkeypatch, "dsprites", files={name: right._replace(md5="0" * 32)})
+    with pytest.raises(ValueError) as e: files.load("dsprites", tmp_path)
+    one_line(e, "md5 000000000000...", name)
+
+
+def test_factors_are_the_published_ones():
+    names = {"cars3d": "elevation azimuth object_type", "mpi3d_toy": "object_color object_shape object_size camera_height background_color horizontal_axis vertical_axis",
+             "shapes3d": "floor_hue wall_hue object_hue scale shape orientation", "dsprites": "color shape scale orientation posX posY"}
+    for name, expected in names.items(): assert " ".join(files.SOURCES[name].tables) == expected
+    assert [len(v) for v in files.SOURCES["cars3d"].tables.values()] == [4, 24, 183] and [len(v) for v in files.SOURCES["mpi3d_toy"].tables.values()] == [6, 6, 2, 3, 3, 40, 40]
+
+
+def test_grids_are_the_published_ones():
+    weights = {"dsprites": (737280, 245760, 40960, 1024, 32, 1), "shapes3d": (48000, 4800, 480, 60, 15, 1), "cars3d": (4392, 183, 1), "mpi3d_toy": (172800, 28800, 14400, 4800, 1600, 40, 1)}
+    for name, expected in weights.items():
+        s = files.SOURCES[name]
+        grid = files.FactorGrid(s.tables, (len(v) for v in s.tables.values()))
+        every = torch.arange(len(grid))
+        assert grid.weights == expected and len(grid) == s.splits["all"] and torch.equal(grid.index(grid.factors(every)), every)
+    t = files.SOURCES["shapes3d"].tables
+    assert t["wall_hue"][3] == pytest.approx(.3) and t["scale"].tolist()[1] == pytest.approx(.75 + .5 / 7) and t["orientation"].tolist()[::14] == [-30, 30]
+
+
+# --- HDF5 ---
+
+h5py = pytest.importorskip("h5py", reason="h5py, of the extra `files`, is not installed")
+SMALL3D = {"hue": torch.arange(3.).double() / 10, "size": torch.tensor([.75, 1.25]).double()}
+HUES = np.stack(np.meshgrid(*SMALL3D.values(), indexing="ij"), -1).reshape(-1, 2)
+COLOURED = np.random.default_rng(1).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def shapes3d(tmp_path, monkeypatch):
+    shrink(monkeypatch, "shapes3d", tables=SMALL3D, splits={"all": 6}, files=unsized("shapes3d"))
+    def write(images=COLOURED, labels=HUES, **kw):
+        with h5py.File(tmp_path / "3dshapes.h5", "w") as f:
+            f.create_dataset("images", data=images, **kw); f.create_dataset("labels", data=labels)
+        return files.load("shapes3d", tmp_path)
+    return write
+
+
+@pytest.mark.parametrize("kw", [{}, {"compression": "gzip", "chunks": (4, 64, 64, 3)}])
+def test_shapes3d(shapes3d, kw):
+    s = shapes3d(**kw)
+    truth = torch.from_numpy(COLOURED).permute(0, 3, 1, 2)
+    assert torch.equal(s.stored[:], truth) and torch.equal(s.stored[torch.tensor([5, 0, 5, 2])], truth[[5, 0, 5, 2]]) and s.stored[[]].shape == (0, 3, 64, 64)
+    assert torch.equal(s.images(torch.tensor([[2, 1], [0, 1]])).cpu(), truth[[5, 1]])
+
+
+nan, swapped = HUES.copy(), HUES.copy()
+nan[4, 0], swapped[[1, 2]] = np.nan, swapped[[2, 1]]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(labels=nan), ["hue 0.2 in row 4 of labels", "found nan"]), (dict(labels=swapped), ["row 1 of labels"]), (dict(labels=HUES.astype("f4")), ["float32"]), (dict(labels=HUES[:5]), ["(5, 2)"]),
+    (dict(images=COLOURED[:, :32]), ["(6, 32, 64, 3)"]), (dict(images=COLOURED.astype("f4")), ["float32"]), (dict(images=COLOURED[:0]), ["(0, 64, 64, 3)"])])
+def test_bad_shapes3d(shapes3d, change, words):
+    with pytest.raises(ValueError) as e: shapes3d(**change)
+    one_line(e, "3dshapes.h5", *words)
+
+
+def test_hdf5_that_points_elsewhere(shapes3d, tmp_path):
+    "Links and storage outside of the file are refused, whatever they lead to."
+    (tmp_path / "secret").write_bytes(bytes(COLOURED.nbytes))
+    with h5py.File(tmp_path / "other.h5", "w") as f: f["images"] = COLOURED
+    layout = h5py.VirtualLayout(COLOURED.shape, "u1"); layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "images", COLOURED.shape)
+    for point in (lambda f: f.__setitem__("images", h5py.ExternalLink(str(tmp_path / "other.h5"), "images")), lambda f: f.__setitem__("images", h5py.SoftLink("/labels")),
+                  lambda f: f.__setitem__("images", h5py.SoftLink("/nowhere")), lambda f: f.create_group("images"), lambda f: f.create_virtual_dataset("images", layout),
+                  lambda f: f.create_dataset("images", COLOURED.shape, "u1", external=[(str(tmp_path / "secret"), 0, COLOURED.nbytes)])):
+        with h5py.File(tmp_path / "3dshapes.h5", "w") as f: point(f); f["labels"] = HUES
+        with pytest.raises(ValueError) as e: files.load("shapes3d", tmp_path)
+        one_line(e, "a plain array 'images' in", "3dshapes.h5")
+
+
+def test_large_chunks_are_refused(shapes3d, tmp_path):
+    shapes3d(chunks=(6, 64, 64, 3))
+    with pytest.raises(ValueError) as e: files.h5_array(tmp_path / "3dshapes.h5", "images", "u1", COLOURED.shape, most=70_000)
+    one_line(e, "chunks of at most 70,000 bytes", "73,728")
+
+
+def test_damaged_hdf5(shapes3d, tmp_path):
+    shapes3d(compression="gzip", chunks=(1, 64, 64, 3))
+    path, raw = tmp_path / "3dshapes.h5", (tmp_path / "3dshapes.h5").read_bytes()
+    for bad in (b"", b"\x89HDF\r\n\x1a\n", raw[:3000], raw[:-1000], b"<html>" + raw):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError) as e: files.load("shapes3d", tmp_path)
+        one_line(e, "3dshapes.h5 to be an HDF5 file")
+    at = raw.index(b"\x78\x5e") if b"\x78\x5e" in raw else raw.index(b"\x78\x9c")  # the first compressed chunk
+    path.write_bytes(raw[:at + 2] + bytes(500) + raw[at + 502:])
+    s = files.load("shapes3d", tmp_path)
+    with pytest.raises(ValueError) as e: s.stored[:]
+    one_line(e, "3dshapes.h5")
+
+
+def test_badly_cut_hdf5_is_said_and_unpacked(shapes3d, tmp_path, monkeypatch, capsys):
+    "When one image costs megabytes of unpacking, `load` says so; `unpack` writes a plain file that `load` prefers."
+    monkeypatch.setattr(files, "h5_cost", lambda array: 5 << 20)
+    s = shapes3d(compression="gzip", chunks=(4, 4, 4, 1))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "one image costs 5 MB of unpacking" in said and "unpack('shapes3d')" in said
+    assert files.unpack("shapes3d", tmp_path, most=3) == tmp_path / "images.npy"
+    plain = files.load("shapes3d", tmp_path)
+    assert torch.equal(plain.stored[:], s.stored[:]) and capsys.readouterr().out == ""
+    os.truncate(tmp_path / "images.npy", 4000)
+    with pytest.raises(ValueError) as e: files.load("shapes3d", tmp_path)
+    one_line(e, "images.npy")
+
+
+def test_cost_of_one_image(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        for k, (chunks, cost) in enumerate((((1, 64, 64, 3), 12288), ((4, 64, 64, 3), 4 * 12288), ((100, 32, 64, 1), 100 * 12288), ((100, 5, 64, 3), 100 * 65 * 192))):
+            assert files.h5_cost(f.create_dataset(str(k), (1000, 64, 64, 3), "u1", chunks=chunks)) == cost
+
+
+@pytest.fixture
+def mpi3d(tmp_path, monkeypatch):
+    shrink(monkeypatch, "mpi3d_toy", tables={"a": torch.arange(2.), "b": torch.arange(3.)}, splits={"all": 6}, files=unsized("mpi3d_toy"))
+    return tmp_path / "mpi3d_toy.npz"
+
+
+def test_unpacking_leaves_nothing_behind_when_it_fails(mpi3d, tmp_path):
+    np.savez_compressed(mpi3d, images=COLOURED)
+    files.unpack("mpi3d_toy", tmp_path, most=4)
+    assert np.array_equal(np.load(tmp_path / "images.npy", allow_pickle=False), COLOURED)
+    (tmp_path / "images.npy").unlink()
+    raw = mpi3d.read_bytes(); mpi3d.write_bytes(raw[:40_000] + bytes(100) + raw[40_100:])
+    with pytest.raises(ValueError) as e: files.unpack("mpi3d_toy", tmp_path, most=4)
+    one_line(e, "mpi3d_toy.npz"); assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError) as e: files.unpack("mnist", tmp_path)
+    one_line(e, "the other sets need no unpacking")
+
+
+# --- memory: files of the true size, with holes in them ---
+
+def sparse_npz(path, name, shape, marks):
+    "A plain npz of zeros, as np.savez lays it out, of which only the headers and the images `marks` take room on the disk."
+    head, name = io.BytesIO(), name.encode() + b".npy"
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    size, big = head.tell() + int(np.prod(shape, dtype=np.int64)), 0xFFFFFFFF
+    extra = struct.pack("<HHQQ", 1, 16, size, size)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 33, 0, big, big, len(name), 20) + name + extra + head.getvalue())
+        start, each = f.tell(), int(np.prod(shape[1:]))
+        for i, image in marks.items(): f.seek(start + i * each); f.write(image.tobytes())
+        f.seek(start + size - head.tell()); at = f.tell()
+        entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45, 0, 0, 0, 33, 0, big, big, len(name), 20, 0, 0, 0, 0, 0) + name + extra
+        f.write(entry + struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(entry), at) + struct.pack("<4sIQI", b"PK\6\7", 0, at + len(entry), 1))
+        f.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(entry), big, 0))
+
+
+def memory(name, root):
+    "Resident MB that opening the set, and then reading 20 random batches of 256, add at their peak; in a process of its own."
+    code = f"""
+import re, time, torch
+from disdiff_tutorial.data import files
+import h5py
+now = lambda what: int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+name = {name!r}; files.SOURCES[name] = files.SOURCES[name]._replace(files={{f: files.File(None, None, None) for f in files.SOURCES[name].files}})
+torch.zeros(256, 3, 64, 64).long()
+before = now("VmRSS"); s = files.load(name, {str(root)!r}); opened = now("VmHWM") - before
+for k in range(20): s.sample(256, torch.Generator().manual_seed(k))
+print(opened, now("VmHWM") - before, s.stored[-1].sum().item(), s.stored[123456].sum().item(), len(s))
+"""
+    return [float(w) for w in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory with")
+@pytest.mark.parametrize("name, cut", [("mpi3d_toy", {}), ("shapes3d", {}), ("shapes3d", dict(chunks=(1, 64, 64, 3), compression="gzip"))], ids=["npz", "h5 plain", "h5 chunked"])
+def test_memory_of_a_file_of_the_true_size(tmp_path, name, cut):
+    n, ones = files.SOURCES[name].splits["all"], np.ones((64, 64, 3), np.uint8)
+    path = tmp_path / next(iter(files.SOURCES[name].files))
+    if name == "mpi3d_toy": sparse_npz(path, "images", (n, 64, 64, 3), {n - 1: ones, 123456: 2 * ones})
+    else:
+        tables = files.SOURCES[name].tables
+        with h5py.File(path, "w") as f:
+            images = f.create_dataset("images", (n, 64, 64, 3), "u1", **cut); images[n - 1] = ones; images[123456] = 2 * ones
+            f["labels"] = np.stack(np.meshgrid(*tables.values(), indexing="ij"), -1).reshape(-1, 6)
+    if path.stat().st_blocks * 512 > 1e9: pytest.skip("this file system has no holes")
+    opened, read, last, other, length = memory(name, tmp_path)
+    print(f"{name}: {path.stat().st_size / 1e9:.1f} GB, {opened:.0f} MB to open, {read:.0f} MB with 20 batches of 256")
+    assert (cut or path.stat().st_size > n * 64 * 64 * 3) and length == n and (last, other) == (64 * 64 * 3, 2 * 64 * 64 * 3)
+    assert opened < 200 and read < 200, (opened, read)
+
+
+# --- MPI3D, Cars3D ---
+
+def test_mpi3d(mpi3d, tmp_path, monkeypatch):
+    truth = torch.from_numpy(COLOURED).permute(0, 3, 1, 2)
+    np.savez(mpi3d, images=COLOURED)
+    s = files.load("mpi3d_toy", tmp_path)
+    assert torch.equal(s.stored[:], truth) and torch.equal(s.images(torch.tensor([[1, 2]])).cpu(), truth[5:])
+    np.savez_compressed(mpi3d, images=COLOURED)
+    assert torch.equal(files.load("mpi3d_toy", tmp_path).stored[:], truth)                 # compressed but small: read
+    monkeypatch.setattr(files, "LIMIT", 1000)
+    with pytest.raises(ValueError) as e: files.load("mpi3d_toy", tmp_path)
+    one_line(e, "unpack it once: python -m zipfile -e ", "mpi3d_toy.npz")
+    command = str(e.value).split("once: python ")[1].split()
+    subprocess.run([sys.executable, *command], check=True, cwd=core.checkout())            # what the line says works
+    assert torch.equal(files.load("mpi3d_toy", tmp_path).stored[:], truth) and isinstance(files.npy_array(tmp_path / "images.npy", "u1", COLOURED.shape), np.memmap)
+    os.truncate(tmp_path / "images.npy", 5000)
+    with pytest.raises(ValueError) as e: files.load("mpi3d_toy", tmp_path)
+    one_line(e, "images.npy", "5,000")
+
+
+def test_damaged_npz(mpi3d, tmp_path):
+    "Cut anywhere, with a stored length that lies, encrypted, or no zip at all: one line, naming the file."
+    np.savez(mpi3d, images=COLOURED)
+    raw = mpi3d.read_bytes()
+    lies = bytearray(raw); lies[26:28] = b"\xff\xff"                                       # the local header's length of the name
+    locked = bytearray(raw); locked[6] |= 1; locked[raw.index(b"PK\1\2") + 8] |= 1
+    for bad in (b"", raw[:20], raw[:5000], raw[:-1], raw[:-30], raw[5000:], b"<html>", bytes(lies), bytes(locked), raw.replace(b"NUMPY", b"numpy")):
+        mpi3d.write_bytes(bad)
+        with pytest.raises(ValueError) as e: files.load("mpi3d_toy", tmp_path)
+        one_line(e, "mpi3d_toy.npz", "found ")
+    assert [p.name for p in tmp_path.iterdir()] == ["mpi3d_toy.npz"]
+
+
+def test_zip_bomb_is_not_unpacked(mpi3d, tmp_path):
+    import tracemalloc
+    zipped(mpi3d, {"images.npy": npy(COLOURED) + bytes(1 << 27)})
+    tracemalloc.start()
+    with pytest.raises(ValueError) as e: files.load("mpi3d_toy", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    one_line(e, "bytes of images in", "as its header says"); assert peak < 4e6 and mpi3d.stat().st_size < 1e6
+
+
+io_ = pytest.importorskip("scipy.io")
+def mat(**arrays): f = io.BytesIO(); io_.savemat(f, arrays, do_compression=True); return f.getvalue()
+def tarred(path, members, mode="w:gz"):
+    with tarfile.open(path, mode) as tar:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(body, bytes): info.size = len(body)
+            else: info.type, info.linkname, body = *body, b""
+            tar.addfile(info, io.BytesIO(body))
+    return path
+
+
+MESH = [np.random.default_rng(k).integers(0, 256, (128, 128, 3, 3, 2), dtype=np.uint8) for k in range(2)]
+CARS = {"data/cars/list.txt": b"car_001_mesh\ncar_002_mesh\n", "data/sprites/big.mat": b"not read"} | {f"data/cars/car_00{k + 1}_mesh.mat": mat(im=m, mask=m[:, :, 0]) for k, m in reversed(list(enumerate(MESH)))}
+
+
+@pytest.fixture
+def cars3d(tmp_path, monkeypatch):
+    shrink(monkeypatch, "cars3d", tables={"elevation": torch.arange(2.), "azimuth": torch.arange(3.), "object_type": torch.arange(2.)}, splits={"all": 12}, files=unsized("cars3d"))
+    return tmp_path / "nips2015-analogy-data.tar.gz"
+
+
+def test_cars3d(cars3d, tmp_path):
+    "The archive, the folder in it, and both kinds of npz give the same images in the same order: elevation, azimuth, car."
+    from PIL import Image
+    tarred(cars3d, CARS)
+    s = files.load("cars3d", tmp_path)
+    for e, a, o in ((0, 0, 0), (1, 2, 0), (0, 1, 1)):
+        thumb = Image.fromarray(np.ascontiguousarray(MESH[o][..., a, e])); thumb.thumbnail((64, 64), Image.Resampling.LANCZOS)   # disentanglement_lib's way
+        assert np.array_equal(s.images(torch.tensor([[e, a, o]]))[0].permute(1, 2, 0).cpu(), thumb)
+    assert [p.name for p in tmp_path.iterdir()] == [cars3d.name]                            # nothing was unpacked
+    full = np.stack([m.transpose(4, 3, 0, 1, 2) for m in MESH], 2).reshape(12, 128, 128, 3)
+    for key, images, save in (("imgs", s.stored[:].permute(0, 2, 3, 1).numpy(), np.savez), ("images", full, np.savez_compressed)):
+        save(tmp_path / "cars3d.npz", **{key: images})
+        assert torch.equal(files.load("cars3d", tmp_path).stored[:], s.stored[:])
+    (tmp_path / "cars3d.npz").unlink(); cars3d.unlink(); (tmp_path / "cars").mkdir()
+    for name, body in CARS.items():
+        if "/cars/" in name: (tmp_path / "cars" / Path(name).name).write_bytes(body)
+    assert torch.equal(files.load("cars3d", tmp_path).stored[:], s.stored[:])
+
+
+one = "data/cars/car_001_mesh.mat"
+BAD_CARS = {
+    "climbs": (CARS | {"../../cars/evil.mat": b"x"}, "'../../cars/evil.mat'"), "absolute": (CARS | {"/cars/evil.mat": b"x"}, "'/cars/evil.mat'"),
+    "symlink": (CARS | {"data/cars/evil.mat": (tarfile.SYMTYPE, "/etc/passwd")}, "evil.mat"), "hard link": (CARS | {"data/cars/evil.mat": (tarfile.LNKTYPE, "../../../etc/passwd")}, "evil.mat"),
+    "device": (CARS | {"data/cars/evil.mat": (tarfile.CHRTYPE, "")}, "evil.mat"), "a car less": ({k: v for k, v in CARS.items() if k != one}, "2 files of MATLAB"), "empty": ({}, "2 files of MATLAB"),
+    "cut mat": (CARS | {one: CARS[one][:5000]}, "car_001_mesh.mat to be a MATLAB 5 file"), "no mat": (CARS | {one: b"hello"}, "car_001_mesh.mat"), "empty mat": (CARS | {one: b""}, "car_001_mesh.mat"),
+    "wrong shape": (CARS | {one: mat(im=MESH[0][:64])}, "(64, 128, 3, 3, 2)"), "wrong type": (CARS | {one: mat(im=MESH[0].astype("f8"))}, "double"), "no im": (CARS | {one: mat(pic=MESH[0])}, "'im'"),
+    "cells": (CARS | {one: mat(im=np.array([{"a": 1}], dtype=object))}, "cell")}
+
+
+@pytest.mark.parametrize("case", BAD_CARS)
+def test_bad_cars3d(cars3d, tmp_path, case):
+    members, words = BAD_CARS[case]
+    tarred(cars3d, members)
+    with pytest.raises(ValueError) as e: files.load("cars3d", tmp_path)
+    one_line(e, words, "expected ", cars3d.name)
+    assert [p.name for p in tmp_path.iterdir()] == [cars3d.name] and not (tmp_path.parent / "cars").exists()
+
+
+def test_damaged_tar(cars3d, tmp_path, monkeypatch):
+    raw = tarred(cars3d, CARS).read_bytes()
+    for bad in (b"", raw[:100], raw[:len(raw) // 2], b"<html>", gzip.compress(b"hello" * 500), raw[:9000] + b"?" + raw[9001:]):
+        cars3d.write_bytes(bad)
+        with pytest.raises(ValueError) as e: files.load("cars3d", tmp_path)
+        one_line(e, cars3d.name)
+    tarred(cars3d, {"padding": bytes(1 << 25)})
+    with pytest.raises(ValueError) as e: list(files.tar_members(cars3d, "mat", limit=1 << 20))
+    one_line(e, "a tar of bounded size", cars3d.name)
+    tarred(cars3d, {"data/cars/a.mat": bytes(1 << 20)})
+    with pytest.raises(ValueError) as e: list(files.tar_members(cars3d, "mat", most=1 << 10))
+    one_line(e, "members of at most 1,024 bytes", cars3d.name)
+
+
+# --- CIFAR-10, SVHN, Fashion-MNIST ---
+
+PART = SHARED / "cifar10-part.npz"
+
+
+def cifar_bytes(images, labels): return b"".join(bytes([y]) + np.ascontiguousarray(x.transpose(2, 0, 1)).tobytes() for x, y in zip(images, labels))
+
+
+@pytest.mark.skipif(not PART.is_file(), reason="the part of CIFAR-10 is not on this machine")
+def test_cifar10_with_its_real_pixels(tmp_path, monkeypatch):
+    "The lossless part of CIFAR-10, written into an archive like the official one, then read back."
+    with np.load(PART, allow_pickle=False) as z: x, y, x_test, y_test = (z[k] for k in ("train_images", "train_labels", "test_images", "test_labels"))
+    parts = {f"data_batch_{k + 1}.bin": cifar_bytes(x[k * 1017:(k + 1) * 1017], y[k * 1017:(k + 1) * 1017]) for k in range(5)} | {"test_batch.bin": cifar_bytes(x_test, y_test)}
+    path = tarred(tmp_path / "cifar-10-binary.tar.gz", {f"cifar-10-batches-bin/{k}": v for k, v in (parts | {"readme.html": b"<html>", "batches.meta.txt": b"airplane"}).items()})
+    known = {path.name: File(None, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())}
+    shrink(monkeypatch, "cifar10", splits={"train": 5085, "test": 1017}, files=known)
+    for split, images, labels in (("train", x, y), ("test", x_test, y_test)):
+        s = files.load("cifar10", tmp_path, split)
+        assert np.array_equal(s.images.permute(0, 2, 3, 1), images) and np.array_equal(s.labels, labels) and s.names[6] == "frog" and s.labels.dtype == torch.int64
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    for k, v in parts.items(): (tmp_path / "cifar-10-batches-bin" / k).write_bytes(v)
+    assert np.array_equal(files.load("cifar10", tmp_path).labels, y)
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").unlink()
+    with pytest.raises(ValueError) as e: files.load("cifar10", tmp_path)
+    one_line(e, "data_batch_3.bin", "cifar-10-batches-bin")
+
+
+def test_bad_cifar10(tmp_path, monkeypatch):
+    shrink(monkeypatch, "cifar10", files=unsized("cifar10"), splits={"train": 5, "test": 1})
+    good, path = cifar_bytes(np.zeros((1, 32, 32, 3), np.uint8), [9]), tmp_path / "cifar-10-binary.tar.gz"
+    for body, words in ((good[:-1], "3,072 bytes"), (b"", "0 bytes"), (b"\x0a" + good[1:], "labels 0 to 9"), (good * 2, "1 images")):
+        tarred(path, {"cifar-10-batches-bin/test_batch.bin": body})
+        with pytest.raises(ValueError) as e: files.load("cifar10", tmp_path, "test")
+        one_line(e, words, "cifar-10-binary.tar.gz")
+    shrink(monkeypatch, "cifar10", files={path.name: File(None, path.stat().st_size, "0" * 64)})
+    with pytest.raises(ValueError) as e: files.load("cifar10", tmp_path, "test")
+    one_line(e, "sha256 000000000000")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_svhn(tmp_path, monkeypatch, compressed):
+    x, y = np.random.default_rng(3).integers(0, 256, (32, 32, 3, 11), dtype=np.uint8), np.array([[10], *([k] for k in range(1, 11))], np.uint8)
+    shrink(monkeypatch, "svhn", splits={"train": 5, "test": 11}, files=unsized("svhn"))
+    io_.savemat(tmp_path / "test_32x32.mat", {"X": x, "y": y}, do_compression=compressed)
+    s = files.load("svhn", tmp_path, "test")
+    assert np.array_equal(s.images, x.transpose(3, 2, 0, 1)) and s.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0] and s.images.is_contiguous()
+    raw = (tmp_path / "test_32x32.mat").read_bytes()
+    for bad, words in ((mat(X=x, y=y + 1), "labels 1 to 10"), (mat(X=x, y=np.where(y == 3, np.nan, y)), "labels 1 to 10"), (mat(X=x[..., :0], y=y), "shape (32, 32, 3, 11)"), (mat(X=x, y=y[:5]), "y of type"),
+                       (mat(X=x), "'y'"), (raw[:200], "MATLAB 5"), (raw[:-200], "MATLAB 5"), (b"", "MATLAB 5"), (b"MATLAB 7.3 MAT-file" + bytes(512), "MATLAB 5")):
+        (tmp_path / "test_32x32.mat").write_bytes(bad)
+        with pytest.raises(ValueError) as e: files.load("svhn", tmp_path, "test")
+        one_line(e, words, "test_32x32.mat")
+
+
+@pytest.mark.skipif(FASHION is None, reason="Fashion-MNIST is not on this machine (Debian: dataset-fashion-mnist)")
+@pytest.mark.parametrize("split, n", [("train", 60_000), ("test", 10_000)])
+def test_real_fashion_mnist(split, n):
+    s = files.load("fashion_mnist", FASHION, split)
+    assert s.images.shape == (n, 1, 28, 28) and s.labels.bincount().tolist() == [n // 10] * 10 and s.name == "fashion_mnist"
+    if split == "train": assert abs(s.images.float().mean() / 255 - .2860) < 5e-5 and s.labels[:5].tolist() == [9, 0, 0, 3, 0]
+
+
+# --- pictures ---
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow, of the extra `files`, is not installed")
+FACES = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (7, 6, 3), dtype=np.uint8)).resize((178, 218), Image.Resampling.BICUBIC) for k in range(6)]
+def encoded(image, kind="JPEG"): f = io.BytesIO(); image.save(f, kind); return f.getvalue()
+JPEGS = {f"{k + 1:06}.jpg": encoded(face) for k, face in enumerate(FACES)}
+ATTRIBUTES = b"6\r\nBald Smiling \r\n" + b"".join(f"{n}  {2 * (k % 2) - 1:2}  {2 * (k > 3) - 1:2}\r\n".encode() for k, n in enumerate(JPEGS))
+PARTITION = b"".join(f"{n} {k // 2}\n".encode() for k, n in enumerate(JPEGS))
+
+
+@pytest.fixture
+def celeba(tmp_path, monkeypatch):
+    shrink(monkeypatch, "celeba", splits={"train": 2, "valid": 2, "test": 2, "all": 6}, files=unsized("celeba"))
+    def write(pictures=JPEGS, attributes=ATTRIBUTES, partition=PARTITION):
+        zipped(tmp_path / "img_align_celeba.zip", {f"img_align_celeba/{n}": b for n, b in pictures.items()}, zipfile.ZIP_STORED)
+        (tmp_path / "list_attr_celeba.txt").write_bytes(attributes); (tmp_path / "list_eval_partition.txt").write_bytes(partition)
+        return tmp_path
+    return write
+
+
+def test_celeba(celeba, tmp_path):
+    root = celeba()
+    s = files.load("celeba", root, "all")
+    assert s.names == ("Bald", "Smiling") and s.labels.T.tolist() == [[0, 1, 0, 1, 0, 1], [0, 0, 0, 0, 1, 1]] and s.images.shape == (6, 3, 64, 64)
+    for split, chosen in (("train", [0, 1]), ("valid", [2, 3]), ("test", [4, 5])):
+        part = files.load("celeba", root, split)
+        assert torch.equal(part.images[:], s.images[chosen]) and torch.equal(part.labels, s.labels[chosen])
+    decoded = Image.open(io.BytesIO(JPEGS["000005.jpg"]))
+    for kw, box, side in (({}, (19, 39, 159, 179), 64), ({"crop": 148, "size": 48}, (15, 35, 163, 183), 48), ({"crop": (25, 57, 128)}, (25, 57, 153, 185), 64)):
+        truth = np.asarray(decoded.crop(box).resize((side, side), Image.Resampling.BILINEAR))
+        assert np.array_equal(files.load("celeba", root, "all", **kw).images[4].permute(1, 2, 0), truth)
+    with zipfile.ZipFile(root / "img_align_celeba.zip") as z: z.extractall(root)
+    assert torch.equal(files.load("celeba", root, "all").images[:], s.images[:])             # the folder does as well
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(pictures={k: v for k, v in JPEGS.items() if k != "000004.jpg"}), ["000004.jpg in", "img_align_celeba.zip"]), (dict(partition=PARTITION[:-14]), ["the same 6 faces"]),
+    (dict(attributes=ATTRIBUTES.replace(b"000003.jpg", b"000033.jpg")), ["the same 6 faces"]), (dict(attributes=ATTRIBUTES.replace(b" 1", b" 2", 1)), ["line 2 of", "list_attr_celeba.txt"]),
+    (dict(attributes=ATTRIBUTES[:-5]), ["line 6 of"]), (dict(partition=PARTITION.replace(b" 2", b" 3")), ["line 5 of", "list_eval_partition.txt"]), (dict(partition=b""), ["lines in"]), (dict(attributes=b"\xff\xfe\0" * 9), ["lines in"]),
+    (dict(pictures={}), ["000001.jpg in"])])
+def test_bad_celeba(celeba, change, words):
+    with pytest.raises(ValueError) as e: files.load("celeba", celeba(**change), "all")
+    one_line(e, "expected ", *words)
+
+
+def test_bad_pictures(celeba, tmp_path):
+    "Each is found when it is read; the others are still readable."
+    big = encoded(Image.new("1", (9000, 9000)), "PNG")
+    for body, words in ((JPEGS["000001.jpg"][:700], "JPEG"), (b"", "JPEG"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "JPEG"), (encoded(FACES[0], "GIF"), "JPEG"), (big, "9000 x 9000")):
+        s = files.load("celeba", celeba(JPEGS | {"000002.jpg": body}), "train")
+        assert s.images[0].shape == (3, 64, 64)
+        with pytest.raises(ValueError) as e: s.images[:]
+        one_line(e, "000002.jpg", words)
+    with pytest.raises(ValueError) as e: files.load("celeba", celeba(), crop=(100, 0, 128)).images[0]
+    one_line(e, "a picture that holds the square (100, 0, 128)")
+
+
+def test_zip_bomb_among_pictures(celeba, tmp_path):
+    zipped(tmp_path / "z.zip", {"a.png": bytes(files.PICTURE + 1)})
+    names, fetch = files.in_zip(tmp_path / "z.zip")
+    with pytest.raises(ValueError) as e: fetch(names[0])
+    one_line(e, "pictures of at most", "z.zip")
+
+
+@pytest.mark.skipif(not (SHARED / "lfw-64.zip").is_file(), reason="lfw-64.zip is not on this machine")
+def test_real_lfw():
+    s = files.load("lfw", SHARED)
+    assert s.images.shape == (13_233, 3, 64, 64) and s.labels is None
+    some = torch.randperm(13_233, generator=torch.Generator().manual_seed(0))[:40]
+    with zipfile.ZipFile(SHARED / "lfw-64.zip") as z: truth = [np.asarray(Image.open(io.BytesIO(z.read(f"{i:05}.jpg")))) for i in some.tolist()]
+    assert np.array_equal(s.images[some].permute(0, 2, 3, 1), truth) and 90 < s.images[some].float().mean() < 150
+
+
+def test_lfw_folder_of_scikit_learn(tmp_path, monkeypatch):
+    "The folder that fetch_lfw_people leaves, found in scikit-learn's own place; 250 pixels, of which the central 128 are kept."
+    shrink(monkeypatch, "lfw", splits={"all": 3})
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sk"))
+    with pytest.raises(Unavailable) as e: files.load("lfw", tmp_path / "none")
+    one_line(e, "fetch_lfw_people")
+    face = FACES[0].resize((250, 250))
+    for person, k in (("Ann_B", 1), ("Ann_B", 2), ("Zoe_Y", 1)):
+        (tmp_path / "sk/lfw_home/lfw_funneled" / person).mkdir(parents=True, exist_ok=True); face.save(tmp_path / f"sk/lfw_home/lfw_funneled/{person}/{person}_000{k}.jpg")
+    s = files.load("lfw", tmp_path / "none")
+    assert s.labels.tolist() == [0, 0, 1] and s.names == ("Ann_B", "Zoe_Y")
+    truth = Image.open(tmp_path / "sk/lfw_home/lfw_funneled/Zoe_Y/Zoe_Y_0001.jpg").crop((61, 61, 189, 189)).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(s.images[2].permute(1, 2, 0), truth)
+    (tmp_path / "sk/lfw_home/lfw_funneled/Zoe_Y/Zoe_Y_0001.jpg").unlink()
+    with pytest.raises(ValueError) as e: files.load("lfw", tmp_path / "none")
+    one_line(e, "3 images", "found 2")
+
+
+def test_lsun(tmp_path, monkeypatch):
+    lmdb = pytest.importorskip("lmdb", reason="lmdb, of the extra `files`, is not installed")
+    shrink(monkeypatch, "lsun_church", splits={"train": 4, "valid": 2}, files=unsized("lsun_church"))
+    with pytest.raises(Unavailable) as e: files.load("lsun_church", tmp_path)
+    one_line(e, "disdiff data get lsun_church", "church_outdoor_train_lmdb.zip")
+    churches = {f"{k:040x}".encode(): encoded(FACES[k].resize((300, 256)), "WEBP") for k in range(4)}
+    folder = tmp_path / "church_outdoor_train_lmdb"
+    with lmdb.open(str(folder), map_size=1 << 24) as base, base.begin(write=True) as t:
+        for k, v in churches.items(): t.put(k, v)
+    s = files.load("lsun_church", tmp_path, size=48)
+    truth = Image.open(io.BytesIO(list(churches.values())[2])).convert("RGB").crop((22, 0, 278, 256)).resize((48, 48), Image.Resampling.BILINEAR)
+    assert s.images.shape == (4, 3, 48, 48) and np.array_equal(s.images[2].permute(1, 2, 0), truth) and s.labels is None
+    raw = (folder / "data.mdb").read_bytes()
+    for bad in (b"", raw[:5000], raw[:8192], raw[:len(raw) - 4096], b"<html>" + raw, raw[:16] + bytes(8) + raw[24:]):
+        (folder / "data.mdb").write_bytes(bad)
+        with pytest.raises(ValueError) as e: files.load("lsun_church", tmp_path)
+        one_line(e, "data.mdb")
+    (tmp_path / "valid").mkdir()
+    for k in range(2): FACES[k].save(tmp_path / f"valid/{k}.jpg")
+    assert files.load("lsun_church", tmp_path, "valid").images[:].shape == (2, 3, 64, 64)   # a folder of pictures does as well
+    zipped(tmp_path / "church_outdoor_train_lmdb.zip", {"church_outdoor_train_lmdb/data.mdb": raw})
+    import shutil; shutil.rmtree(folder)
+    with pytest.raises(Unavailable) as e: files.load("lsun_church", tmp_path)
+    one_line(e, "unpack it once: python -m zipfile -e ")
+
+
+def test_folder(tmp_path):
+    for name, colour in (("b/2.png", 30), ("a/1.jpg", 60), ("b/.hidden.png", 0), ("notes.txt", 0)):
+        (tmp_path / name).parent.mkdir(exist_ok=True); Image.new("L", (40, 50), colour).save(tmp_path / name, "PNG")
+    s = files.load("folder", tmp_path, size=8)
+    assert s.names == ("a", "b") and s.labels.tolist() == [0, 1] and s.images[:].flatten(1).float().mean(1).tolist() == [60, 30]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError) as e: files.load("folder", tmp_path / "empty")
+    one_line(e, "pictures in", "empty", "found none")
+    with pytest.raises(FileNotFoundError) as e: files.load("folder", tmp_path / "gone")
+    one_line(e, "gone")
+
+
+# --- arguments, the table, the command ---
+
+@pytest.mark.parametrize("call, words", [
+    (lambda t: files.load("dsprites", t, "train"), "split 'all'"), (lambda t: files.load("mnist", t, size=64), "no size or crop for mnist"), (lambda t: files.load("celeba", t, size=0), "size from 1 to 4096"),
+    (lambda t: files.load("celeba", t, crop="big"), "size from 1"), (lambda t: files.load("celeba", t, crop=(-1, 0, 5)), "size from 1"), (lambda t: files.load("celeba", t, "everything"), "split 'train' or 'valid'")])
+def test_bad_arguments(tmp_path, call, words):
+    with pytest.raises(ValueError) as e: call(tmp_path)
+    one_line(e, words)
+
+
+@pytest.mark.parametrize("name", [n for n, s in files.SOURCES.items() if n not in ("mnist", "fashion_mnist", "folder")])
+def test_nothing_here(tmp_path, monkeypatch, name):
+    "`load` fetches no gigabytes by itself: it says what to do, and leaves nothing behind."
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "no"))
+    with pytest.raises(Unavailable) as e: files.load(name, tmp_path)
+    one_line(e, "expected ", "found none", "put" if files.SOURCES[name].mirrors or name == "celeba" else "fetch_lfw_people")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["celeba", "lfw", "folder"])
+def test_get_says_what_to_do_by_hand(tmp_path, monkeypatch, name, capsys):
+    from disdiff_tutorial import run
+    monkeypatch.setenv("DISDIFF_DATA", str(tmp_path))
+    with pytest.raises(SystemExit) as e: run.main(["data", "get", name])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.startswith("disdiff: expected ") and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_table_names_everything(capsys):
+    from disdiff_tutorial import run
+    run.main(["data", "list"])
+    text = capsys.readouterr().out
+    for name, s in files.SOURCES.items():
+        assert name in text and s.licence in text and s.address in text and s.citation in text
+        for filename, f in s.files.items():
+            assert filename in text and (f.sha256 or f.md5) in text and len(f.sha256 or "0" * 64) == 64 and len(f.md5 or "0" * 32) == 32 and (f.sha256 or f.md5)
+    assert "only an md5 is known" in text and files.SOURCES["mpi3d_toy"].files["mpi3d_toy.npz"].sha256 is None
+
+
+@pytest.mark.parametrize("module", ["h5py", "PIL.Image", "lmdb"])
+def test_a_library_that_is_not_installed(monkeypatch, module):
+    monkeypatch.setattr(files.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError) as e: files.needed(module)
+    one_line(e, module.split(".")[0], "disdiff-tutorial[files]")
+
+
+# --- fuzzing the parsers written by hand: for any bytes a valid result, or a ValueError in one line that names the file ---
+
+def says_why(call, path):
+    try: return call()
+    except ValueError as err: one_line(err, "expected ", "found ", path.name)
+
+
+def changed(raw, edits):
+    raw = bytearray(raw)
+    for at, new, cut in edits: at %= len(raw) + 1; raw[at:at + cut] = new
+    return bytes(raw)
+
+
+@fuzz
+@given(raw=st.binary(max_size=100) | st.builds(lambda y, n: bytes([y]) + bytes(3072) * n, st.integers(0, 255), st.integers(0, 2)) | st.integers(0, 9000).map(bytes))
+def test_fuzz_cifar(raw):
+    got = says_why(lambda: files.parse_cifar(raw, Path("batch.bin")), Path("batch.bin"))
+    if got: assert len(got[0]) * 3073 == len(raw) and got[0].shape[1:] == (3, 32, 32) and got[1].max() < 10
+    else: assert not raw or len(raw) % 3073 or max(raw[::3073]) > 9
+
+
+TINY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+def npz_bytes(save): f = io.BytesIO(); save(f, a=TINY, b=TINY.astype("f8")); return f.getvalue()
+more_edits = st.lists(st.tuples(st.integers(0, 900), st.binary(max_size=4), st.integers(0, 4)), min_size=1, max_size=5)
+
+
+@fuzz
+@given(raw=st.binary(max_size=80) | st.builds(changed, st.sampled_from([npz_bytes(np.savez), npz_bytes(np.savez_compressed)]), more_edits))
+def test_fuzz_npz(tmp_path, raw):
+    path = tmp_path / "fuzz.npz"; path.write_bytes(raw)
+    found = says_why(lambda: files.npz_member(path, "a"), path)
+    if not found: return
+    assert found.dtype.kind in "buif" and min(found.shape, default=1) > 0
+    if found.start is not None: assert found.start + found.dtype.itemsize * int(np.prod(found.shape)) <= len(raw)
+    got = says_why(lambda: files.npz_array(path, "a", "u1", (2, 3, 4)), path)
+    assert got is None or got.shape == (2, 3, 4)
+
+
+literal = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=8).map(repr)
+headers_npy = st.binary(max_size=60) | st.builds(lambda text: header(text.encode("ascii", "ignore").decode()), literal | st.text(max_size=60)) | st.builds(
+    lambda kind, order, shape: header(repr({"descr": kind, "fortran_order": order, "shape": tuple(shape)})), st.sampled_from(["|u1", "<f8", "|O", "<U4", ">i2", "V3", "u1,u1", [("a", "O")]]), st.booleans(), st.lists(st.integers(-2, 2**40), max_size=4))
+
+
+@fuzz
+@given(raw=headers_npy)
+def test_fuzz_npy_header(raw):
+    got = says_why(lambda: files.npy_header(io.BytesIO(raw), Path("a.npy")), Path("a.npy"))
+    if got: assert got[0].kind in "buif" and all(n > 0 for n in got[1])
+
+
+page = st.builds(lambda magic, version, size, last, txn: bytes(16) + struct.pack("<II16xI92xQQ", magic, version, size, last, txn) + bytes(4096 - 152), st.sampled_from([0xBEEFC0DE, 0]), st.integers(0, 2), st.sampled_from([4096, 0, 65536]),
+                 st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+
+
+@fuzz
+@given(raw=st.binary(max_size=200) | st.builds(lambda a, b: a + b, page, page))
+def test_fuzz_lmdb_size(raw):
+    got = says_why(lambda: files.lmdb_size(raw, Path("data.mdb")), Path("data.mdb"))
+    assert got is None or (got >= 4096 and got % 4096 == 0)
+
+
+@fuzz
+@given(raw=st.binary(max_size=200) | st.builds(changed, st.just(ATTRIBUTES), more_edits))
+def test_fuzz_table(raw):
+    got = says_why(lambda: files.parse_table(io.BytesIO(raw), Path("list.txt"), (-1, 1)), Path("list.txt"))
+    if got: assert len(got[0]) == len(got[1]) and set(np.unique(got[1])) <= {-1, 1}
+
+
+@settings(max_examples=100, deadline=None)
+@given(raw=st.binary(max_size=80) | st.builds(changed, st.sampled_from([JPEGS["000001.jpg"], encoded(FACES[0].resize((20, 20)), "PNG"), encoded(FACES[0].resize((20, 20)), "WEBP")]), more_edits))
+def test_fuzz_picture(raw):
+    got = says_why(lambda: files.picture(raw, Path("face.jpg"), 8), Path("face.jpg"))
+    assert got is None or (got.shape == (8, 8, 3) and got.dtype == np.uint8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(raw=st.binary(max_size=300) | st.builds(changed, st.sampled_from([mat(X=TINY, y=TINY[0]), mat(X=TINY)[:128] + bytes(100)]), more_edits))
+def test_fuzz_mat(raw):
+    got = says_why(lambda: files.mat_array(io.BytesIO(raw), Path("a.mat"), "X", (2, 3, 4)), Path("a.mat"))
+    assert got is None or (got.shape == (2, 3, 4) and got.dtype == np.uint8)
