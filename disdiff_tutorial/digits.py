@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_A_DIGIT', 'SDE', 'SIZES', 'Reader', 'shifted', 'read', 'spoil', 'train_reader', 'legible', 'build', 'one_hot',
-           'v_weight', 'digits', 'measure', 'draw', 'load']
+           'v_weight', 'middle_time', 'digits', 'measure', 'draw', 'load']
 
 # %% ../nbs/diffusion/26_digits.ipynb #33c35aff
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from .core import by_scale, device, load_tensors, save_tensors, seed_everything, to_float
 from .data.files import mnist_or_digits
-from .diffusion.dsm import drop_cond, dsm_loss
+from .diffusion.dsm import T_MIN, drop_cond, dsm_loss
 from .diffusion.sampling import sample
 from .diffusion.sde import VPSDE
 from .diffusion.training import Batches, fit
@@ -63,10 +63,10 @@ def legible(reader, images):
 # %% ../nbs/diffusion/26_digits.ipynb #5ba577e3
 SDE = VPSDE()
 SIZES = dict(
-    smoke=dict(width=16, steps=30, reader_steps=60, samples=40, evaluations=8),
-    cpu=dict(width=32, steps=2500, reader_steps=700, samples=500, evaluations=25),
-    long=dict(width=64, steps=12_000, reader_steps=1500, samples=1000, evaluations=25),
-    gpu=dict(width=96, steps=20_000, reader_steps=3000, samples=10_000, evaluations=50))
+    smoke=dict(width=16, batch=32, steps=30, reader_steps=60, samples=40, evaluations=8),
+    cpu=dict(width=32, batch=32, steps=4_500, reader_steps=700, samples=500, evaluations=25),
+    long=dict(width=64, batch=64, steps=12_000, reader_steps=1500, samples=1000, evaluations=25),
+    gpu=dict(width=96, batch=256, steps=12_000, reader_steps=3000, samples=10_000, evaluations=50))
 
 def build(width):
     "The network of this chapter: classes as vectors (n, 10), 2 x 2 pixels packed, attention at 7 x 7."
@@ -80,6 +80,11 @@ def v_weight(sde, t):
     "lambda(t) = sigma^2 / alpha^2 in terms of the score: every time counts the same in v."
     return sde.alpha(t) ** -2
 
+def middle_time(n, device=None):
+    "Times (n,), logit-normal: most where a picture is decided, around 0.4; few at the ends, where there is little left to learn."
+    return T_MIN + (1 - T_MIN) * torch.sigmoid(torch.randn(n, device=device) - 0.4)
+
+# %% ../nbs/diffusion/26_digits.ipynb #b3cfa604
 def digits(config):
     "Train on MNIST (or scikit-learn's digits), sample, and let the reader judge: `Config` -> `Record`, with weights of net and reader beside it."
     seed_everything(config.seed)
@@ -87,10 +92,10 @@ def digits(config):
     train, test = (mnist_or_digits(split) for split in ("train", "test"))
     images, labels = train.images.to(where), train.labels.to(where)
     reader = train_reader(images, labels, sizes["reader_steps"])
-    record, net = config.record(data=train.name, batch=64, drop=0.2, **sizes), build(sizes["width"]).to(where)
+    record, net = config.record(data=train.name, drop=0.2, lr=2e-3, **sizes), build(sizes["width"]).to(where)
     resume = config.out / f"{record.stem}.resume.safetensors"
-    loss = lambda x, y: dsm_loss(net, to_float(x), SDE, drop_cond(one_hot(y), net.null, 0.2), weighting=v_weight)
-    done = fit(loss, net, Batches(images, labels, size=64, seed=config.seed), steps=sizes["steps"], minutes=config.minutes, checkpoint=resume)
+    loss = lambda x, y: dsm_loss(net, to_float(x), SDE, drop_cond(one_hot(y), net.null, record.config["drop"]), weighting=v_weight, time=middle_time)
+    done = fit(loss, net, Batches(images, labels, size=sizes["batch"], seed=config.seed), steps=sizes["steps"], minutes=config.minutes, lr=record.config["lr"], checkpoint=resume)
     record.images, record.curves["loss"], record.config["steps"] = done.images, done.curve, done.steps
     measure(record, net, reader, test, sizes)
     weights = {f"net/{k}": v for k, v in net.state_dict().items()} | {f"reader/{k}": v for k, v in reader.state_dict().items()}
@@ -114,8 +119,9 @@ def measure(record, net, reader, test, sizes):
         if w: record.add(f"right digit, {name}", (sure & (digit == wanted)).float().mean(), len(wanted), "generated")
 
 def draw(net, labels, guidance=1., evaluations=25, size=500, generator=None):
-    "A sample (n, 1, 28, 28) for each label (n,), `size` at a time."
-    return torch.cat([sample(net, SDE, (len(y), 1, 28, 28), one_hot(y), steps=evaluations, guidance=guidance, generator=generator) for y in labels.split(size)])
+    "A sample (n, 1, 28, 28) for each label (n,), `size` at a time, by DDIM with fresh noise at each step."
+    kind = dict(method="ddim", eta=1., steps=evaluations, guidance=guidance, generator=generator)
+    return torch.cat([sample(net, SDE, (len(y), 1, 28, 28), one_hot(y), **kind) for y in labels.split(size)])
 
 def load(record):
     "Net and reader of a record, in evaluation mode on the device at hand."

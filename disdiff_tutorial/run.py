@@ -161,9 +161,7 @@ def data_command(args):
     if args.what == "get":
         require(args.name, "the name of a data set", "none", "see `disdiff data list`")
         for path in files.get(args.name): print(short(path))
-    else:
-        for row in files.table():
-            print(f"{row.name:14s} {row.images:8,} images {row.megabytes:8.1f} MB  {'here' if row.present else 'not here'}  {row.licence}  {row.address}")
+    else: print(files.listing())
 
 def notebooks_command(args):
     "Execute the book."

@@ -30,7 +30,7 @@ class Batches:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.n, generator=generator).to(self.tensors[0].device)
         index = self.order[i * self.size:(i + 1) * self.size]
-        return tuple(x[index] for x in self.tensors)
+        return tuple(x.index_select(0, index) for x in self.tensors)
 
 # %% ../../nbs/diffusion/23_training.ipynb #fcbd76f9
 def walk(batches):

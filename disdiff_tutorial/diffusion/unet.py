@@ -44,12 +44,14 @@ class AdaGN(nn.Module):
         self.code = zero(nn.Linear(cond_dim, channels)) if cond_dim else None
 
     def forward(self, h, temb, cond=None):
-        scale, shift = self.time(temb)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.time(temb).chunk(2, 1)
         scale = 1 + scale
         if self.code is not None:
-            z = 1 + self.code(cond)[:, :, None, None]
-            scale, shift = z * scale, z * shift                  # fold the code in on (n, c), not on the image
-        return torch.addcmul(shift, self.norm(h), scale)
+            z = 1 + self.code(cond)
+            scale, shift = z * scale, z * shift
+        (n, c), g = h.shape[:2], self.norm
+        weight, bias = g.weight * scale, g.bias * scale + shift  # all scales and shifts folded into GroupNorm's own, one per image and channel
+        return F.group_norm(h.reshape(1, n * c, *h.shape[2:]), n * g.num_groups, weight.flatten(), bias.flatten(), g.eps).view_as(h)
 
 # %% ../../nbs/diffusion/22_unet.ipynb #a9246dd0
 class ResBlock(nn.Module):
@@ -62,7 +64,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, temb, cond=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.short(x) + self.conv2(F.silu(self.norm2(h, temb, cond)))
+        return self.conv2(F.silu(self.norm2(h, temb, cond))).add_(self.short(x))
 
 # %% ../../nbs/diffusion/22_unet.ipynb #5a433fa5
 class Attention(nn.Module):

@@ -91,6 +91,7 @@ def note(record):
         if crossing(curve, level) < float("inf"): record.add(f"seconds to that loss, {name}", crossing(curve, level), 500, "test")
     return level
 
+@pytest.mark.timeout(3600)
 def test_race(request):
     timed = not request.config.getoption("benchmark_disable")
     seconds = 60 * float(os.environ.get("BENCH_MINUTES", 3)) if timed else 0

@@ -85,6 +85,7 @@ def best_of(rounds, nets, work):
             began = time.perf_counter(); work(net); best[name] = min(best[name], time.perf_counter() - began)
     return best
 
+@pytest.mark.timeout(3600)
 def test_ratios(nets, request):
     timed = not request.config.getoption("benchmark_disable")
     record = Record("benchmark/unet", "cpu", 0, config=dict(width=WIDTH, size=SIZE, batch=BATCH))
@@ -96,7 +97,7 @@ def test_ratios(nets, request):
         for mine, peers in (("ours", ["diffusers"]), ("ours, attending", ["diffusers, attending", "lucidrains, attending"])):
             ratio = rate[mine] * flops[mine] / max(rate[p] * flops[p] for p in peers)
             record.add(f"{work.__name__} ratio at equal arithmetic, {mine}", ratio, rounds, "best of rounds")
-            assert ratio > (0.95 if timed else 0)                             # 1, less a few percent of noise
+            assert ratio > (0.98 if timed else 0)                             # 1, less two percent of noise
     for name, net in nets.items():
         record.add(f"GFLOP per image, {name}", flops[name] / 1e9, 1, "counted")
         record.add(f"MB kept per image, {name}", kept(net), BATCH, "counted")
