@@ -410,6 +410,18 @@ def test_two_at_once(tmp_path, mirror):
     assert done == [int(IMAGES.sum(dtype=np.int64))] * 4 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_many_claim_one_name(tmp_path):
+    "Each takes the file and gives its name up again at once, so that the name goes while others wait for it."
+    inside, most, part = [], [], tmp_path / "a.part"
+    def claim():
+        for _ in range(300):
+            with files.claimed(part) as f: inside.append(1); most.append(len(inside)); f.truncate(0); inside.pop()
+    threads = [threading.Thread(target=claim, daemon=True) for _ in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert len(most) == 8 * 300 and max(most) == 1 and not part.exists()
+
+
 # --- arguments, and the small digits ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call", [lambda: files.load("minst"), lambda: files.get("minst"), lambda: files.load("")])

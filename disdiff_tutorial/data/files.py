@@ -142,7 +142,8 @@ def claimed(part):
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0, os.SEEK_END)                                              # another may have added to it while we waited
-        if part.exists() and os.path.samestat(os.fstat(f.fileno()), os.stat(part)): break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(part)): break
         f.close()                                                           # the one before us finished, and took the name away
     try: yield f
     finally:
