@@ -70,7 +70,7 @@ def test_speed(data, codes, request):
     if not timed:                                                                  # exact trees of 57 classes take minutes even here
         for way in ("disent", "ours, pooled votes, exact trees"): del ways[way]["DCI"]
     seconds = {way: dict.fromkeys(jobs, math.inf) for way, jobs in ways.items()}
-    record, began = Record("benchmark/metrics", "cpu", codes, config=dict(n=n, n_test=n_test, factors=6, codes=codes, votes=list(votes), threads=torch.get_num_threads(), cores=os.cpu_count())), time.perf_counter()
+    record, began = Record(f"benchmark/metrics-{codes}-codes", "cpu", 0, config=dict(n=n, n_test=n_test, factors=6, codes=codes, votes=list(votes), threads=torch.get_num_threads(), cores=os.cpu_count())), time.perf_counter()
     for name in ("MIG", "SAP", "FactorVAE score", "DCI"):
         for _ in range(3 if timed and name in ("MIG", "SAP") else 1):              # in turns, so that a busy moment hits none alone
             for way, jobs in ((w, j) for w, j in ways.items() if name in j):
