@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'PEAK', 'later', 'known', 'records', 'describe', 'run', 'reading_order', 'execute', 'said', 'keep',
-           'write_index', 'fingerprint', 'failure', 'run_one', 'run_notebooks', 'list_experiments', 'data_command',
-           'notebooks_command', 'parser', 'main']
+           'write_index', 'fingerprint', 'failure', 'run_one', 'book_record', 'run_notebooks', 'list_experiments',
+           'data_command', 'notebooks_command', 'parser', 'main']
 
 # %% ../nbs/02_run.ipynb #776462a1
 import argparse, base64, hashlib, importlib, json, os, sys, time
@@ -128,6 +128,12 @@ def run_one(path, name, target, key):
     print(f"\r{name:32s} {len(nb.cells):7d} cells {row['seconds']:6.0f} s {peak:6d} MB  {row['said']}", flush=True)
     return row
 
+def book_record(rows, at):
+    "What a whole pass cost: seconds and peak memory of each notebook, and what it trained or loaded."
+    record = Record("book", at, 0, config={r["name"]: r["said"] for r in rows if r["said"]}, seconds=sum(r["seconds"] for r in rows))
+    for r in rows: record.add(f"seconds, {r['name']}", r["seconds"], 1, "measured"); record.add(f"peak MB, {r['name']}", r["peak"], 1, "measured")
+    return record
+
 def run_notebooks(folder, out, at=None):
     """Execute every notebook below `folder` in reading order at scale `at`; copies, pages and pictures go to `out`. Prints a line per notebook and a table.
     Ends the program at the first failing cell; the next call goes on at that notebook. When all are done, the next call starts over."""
@@ -164,10 +170,11 @@ def data_command(args):
     else: print(files.listing())
 
 def notebooks_command(args):
-    "Execute the book."
+    "Execute the book; a finished pass leaves the record `book`."
     require(checkout(), "a checkout of the project, which has the notebooks", "an installed library", "git clone the project and run it there")
     if args.retrain: os.environ["RETRAIN"] = "1"
-    run_notebooks(checkout() / "nbs", checkout() / "_run", args.scale)
+    rows = run_notebooks(checkout() / "nbs", checkout() / "_run", args.scale)
+    book_record(rows, args.scale or scale()).save(runs_dir())
 
 def parser():
     "The parser of the `disdiff` command."

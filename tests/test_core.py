@@ -129,3 +129,18 @@ def test_book_stops_at_a_failing_cell_and_goes_on_there(tmp_path, capsys, monkey
     assert "00_a.html" in (out / "index.html").read_text() and "2 notebooks" in capsys.readouterr().out
     runner.run_notebooks(nbs, out)
     assert (tmp_path / "count").read_text() == "xx"                         # all done: it starts over
+
+def test_finished_pass_leaves_a_record(monkeypatch):
+    rows = [dict(name="00_a", seconds=2., peak=51, said="trained toy/mean"), dict(name="data/10_b", seconds=3., peak=60, said="")]
+    monkeypatch.setattr(runner, "run_notebooks", lambda folder, out, at: rows)
+    runner.main(["notebooks", "--scale", "smoke"])
+    record = Record.load(core.runs_dir() / "book-smoke-s0.json")
+    assert record.seconds == 5 and record.config == {"00_a": "trained toy/mean"} and record.metrics["seconds, 00_a"]["value"] == 2
+    assert record.metrics["peak MB, data/10_b"]["value"] == 60 and len(record.metrics) == 4
+
+PASS = core.checkout() / "data" / "records" / "book-cpu-s0.json"
+
+@pytest.mark.skipif(not PASS.exists(), reason="no whole pass at cpu has been recorded")
+def test_no_notebook_above_four_gigabytes():
+    peaks = {k: m["value"] for k, m in Record.load(PASS).metrics.items() if k.startswith("peak MB")}
+    assert peaks and max(peaks.values()) < 4096, peaks

@@ -4,7 +4,7 @@ import pytest, torch
 from disdiff_tutorial import digits as module
 from disdiff_tutorial.core import Config, Record, checkout, to_float
 from disdiff_tutorial.data import files
-from disdiff_tutorial.run import records, run
+from disdiff_tutorial.run import execute, records, run
 
 SHIPPED = [Record.load(p) for p in sorted((checkout() / "data" / "records").glob("diffusion-digits-*.json"))]
 
@@ -25,6 +25,24 @@ def test_offline_it_goes_on_with_smaller_digits_in_one_line(offline, capsys):
     assert files.mnist_or_digits("test").name == "digits"
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "digits" in said
+
+def test_splits_are_of_one_source_and_say_so_once(offline, capsys, monkeypatch):
+    assert [x.name for x in module.splits()] == ["digits", "digits"] and capsys.readouterr().out.count("\n") == 1
+    small = files.digits("train")._replace(name="mnist")
+    monkeypatch.setattr(files, "load", lambda name, split: small if split == "train" else (_ for _ in ()).throw(files.Unavailable("gone")))
+    assert [x.name for x in module.splits()] == ["digits", "digits"] and capsys.readouterr().out.count("\n") == 1       # the network went half-way
+
+def test_chapter_runs_offline_with_the_shipped_record(monkeypatch, tmp_path):
+    for name, value in (("SCALE", "smoke"), ("DATA", str(tmp_path / "none")), ("MNIST_MIRROR", "http://127.0.0.1:9")): monkeypatch.setenv(f"DISDIFF_{name}", value)
+    nb, _ = execute(checkout() / "nbs" / "diffusion" / "26_digits.ipynb", lambda done, all: None)
+    said = "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
+    assert said.count("MNIST is neither") == 1 and f"loaded diffusion/digits: scale {records('diffusion/digits')[0].scale}" in said
+    assert said.count("trained on mnist, while digits stand in here: no comparison") == 1 and "class mean:" not in said
+
+def test_all_goes_to_the_device_of_the_net():
+    net, reader = module.build(16).to("meta").eval(), module.Reader().to("meta").eval()          # stands in for a GPU
+    for w in (0., 1., 2.): assert module.draw(net, torch.arange(4), w, evaluations=2).device.type == "meta"
+    assert module.read(reader, torch.zeros(3, 1, 28, 28, dtype=torch.uint8)).device.type == "meta"
 
 def test_experiment_runs_offline_at_smoke(offline, tmp_path):
     record = run("diffusion/digits", "smoke", out=tmp_path)

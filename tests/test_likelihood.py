@@ -117,6 +117,8 @@ def test_the_latent_bound_and_its_gap():
 
 @pytest.mark.parametrize("call, line", [
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), probes=0), "expected probes >= 1, or None for the exact trace, found 0: "),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), t_min=1.5), "expected t_min between 0 and 1, found 1.5: start at 1e-5"),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), t_min=0.), "expected t_min between 0 and 1, found 0.0: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), cond=torch.eye(2)), "expected one condition per image, 3, found 2: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1, dtype=torch.uint8)), "expected floats around \\[-1, 1\\], found torch.uint8: pass dequantise"),
     (lambda: dequantise(torch.zeros(3, 1, 4, 4)), "expected uint8 images, found torch.float32: dequantise before scaling"),

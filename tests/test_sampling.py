@@ -1,6 +1,7 @@
 """Samplers: equal to Hugging Face diffusers step by step, to the exact flow, and to the truth in distribution; guidance bit for bit; bad inputs."""
 import math
 
+import diffusers          # of the extra `peers`; without it these tests fail
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ def ours(method, x, times, model, **more):
 
 
 def test_noise_levels_equal_diffusers():
-    bar = pytest.importorskip("diffusers").DDIMScheduler().alphas_cumprod.double()
+    bar = diffusers.DDIMScheduler().alphas_cumprod.double()
     t, sde = torch.arange(1, 1001).double() / 1000, DDPM()
     assert (sde.alpha(t) - bar.sqrt()).abs().max() < 1e-6 and (sde.sigma(t) - (1 - bar).sqrt()).abs().max() < 1e-5
 
@@ -44,11 +45,10 @@ def test_noise_levels_equal_diffusers():
 @pytest.mark.parametrize("steps", [10, 20, 50])
 @pytest.mark.parametrize("method", ["ddim", "dpm++"])
 def test_whole_paths_equal_diffusers(method, steps, net):
-    hf = pytest.importorskip("diffusers")
     seed_everything(0)
     x = torch.randn(64, 1)
-    if method == "ddim": scheduler = hf.DDIMScheduler(clip_sample=False)
-    else: scheduler = hf.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
+    if method == "ddim": scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    else: scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
     scheduler.set_timesteps(steps)
     path, times = theirs(scheduler, x, net)
     assert len(path) == steps + 1 and times[0] > times[-2] > times[-1] == 0
@@ -56,10 +56,9 @@ def test_whole_paths_equal_diffusers(method, steps, net):
 
 
 def test_ancestral_steps_equal_diffusers():
-    hf = pytest.importorskip("diffusers")
     seed_everything(0)
     x, noise = torch.randn(2, 64, 1)
-    ddim, ddpm = hf.DDIMScheduler(clip_sample=False), hf.DDPMScheduler(clip_sample=False)
+    ddim, ddpm = diffusers.DDIMScheduler(clip_sample=False), diffusers.DDPMScheduler(clip_sample=False)
     ddim.set_timesteps(1000)
     ddpm.set_timesteps(1000)
     for i in (2, 20, 500, 999):
@@ -181,6 +180,8 @@ def test_modes_devices_and_generators():
     (dict(cond=torch.eye(2)), "expected one condition per sample, 3, found 2: repeat the condition"),
     (dict(cond=torch.ones(3, 2), guidance=2.0), "expected a null condition, found none: "),
     (dict(guidance=2.0), "expected a condition to guide towards, found none with guidance 2.0: "),
+    (dict(times=torch.linspace(1000, 0, 11)), "expected times t in \\[0, 1\\], found 0 to 1e\\+03: divide steps by their number"),
+    (dict(times=torch.linspace(1, -0.1, 11)), "expected times t in \\[0, 1\\], found -0.1 to 1: "),
 ])
 def test_bad_inputs_give_one_line(kw, line):
     with pytest.raises(ValueError, match=line) as err: sample(model, VPSDE(), (3, 1), **kw)

@@ -1,6 +1,6 @@
 "diffusion.sde: kernels against f and g, Fokker-Planck, the way back, DDPM against an independent implementation, mixtures against autograd, conversions, messages."
 import math
-import pytest, torch
+import diffusers, pytest, torch          # diffusers: of the extra `peers`; without it this fails
 from torch.distributions import Normal
 from disdiff_tutorial.core import seed_everything
 from disdiff_tutorial.diffusion.sde import DDPM, SDE, GaussianMixture, SubVPSDE, VESDE, VPSDE, check_time, like
@@ -84,7 +84,7 @@ def test_prior(sde):
 
 @pytest.mark.parametrize("steps, start, end", [(1000, 1e-4, .02), (100, 1e-3, .2)])
 def test_ddpm_equals_diffusers(steps, start, end):
-    scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=steps, beta_start=start, beta_end=end, beta_schedule="linear")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=steps, beta_start=start, beta_end=end, beta_schedule="linear")
     sde, t = DDPM(steps, start, end), torch.arange(1, steps + 1) / steps
     assert (sde.alpha(t)**2 - scheduler.alphas_cumprod).abs().max() < 1e-6
     x0, eps, k = torch.randn(8, 3), torch.randn(8, 3), torch.randint(steps, (8,))

@@ -59,5 +59,10 @@ def test_bad_input(x, t, cond, part):
     with pytest.raises(ValueError) as err: net(torch.randn(x), torch.rand(t), None if cond is None else torch.randn(cond))
     assert part in str(err.value) and "\n" not in str(err.value)
 
+@pytest.mark.parametrize("t", [[-.1, .5], [.5, 1.1], [3., 250.], [float("nan"), .5]])
+def test_times_outside(t):
+    with pytest.raises(ValueError, match="expected times t in \\[0, 1\\], found .*: divide steps by their number") as err: UNet(width=16)(torch.randn(2, 1, 8, 8), torch.tensor(t))
+    assert "\n" not in str(err.value)
+
 def test_cond_for_an_unconditional_net():
     with pytest.raises(ValueError, match="build the net with cond_dim"): UNet(width=16)(torch.randn(2, 1, 8, 8), torch.rand(2), torch.randn(2, 5))

@@ -51,6 +51,7 @@ def log_likelihood(net, sde, x0, cond=None, probes=1, t_min=1e-5, tol=1e-5, gene
     require(probes is None or probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
     require(x0.is_floating_point(), "floats around [-1, 1]", x0.dtype, "pass dequantise(images)")
     require(cond is None or len(cond) == len(x0), f"one condition per image, {len(x0)}", 0 if cond is None else len(cond), "repeat the condition")
+    require(0 < t_min < 1, "t_min between 0 and 1", t_min, "start at 1e-5, or at T_MIN")
     signs = None
     if probes: signs = torch.randint(2, (probes, *x0.shape), generator=generator, device=generator.device if generator else x0.device).to(x0) * 2 - 1
     def both(t, state):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ..core import progress_bar, require
 from .dsm import T_MIN
-from .sde import like
+from .sde import check_time, like
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #2e791053
 def em_step(x, eps, sde, s, t, noise):
@@ -115,6 +115,7 @@ def sample(net, sde, shape, cond=None, method="dpm++", steps=50, guidance=1., nu
     require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method), "choose one of them")
     require(steps >= 1, "steps >= 1", steps, "20 to 50 do for dpm++ and ddim, 500 for em and pc")
     require(cond is None or len(cond) == shape[0], f"one condition per sample, {shape[0]}", 0 if cond is None else len(cond), "repeat the condition")
+    if times is not None: check_time(times)
     where = place(net, x, cond)
     draw = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else where).to(where)
     x = sde.prior_std * draw() if x is None else x

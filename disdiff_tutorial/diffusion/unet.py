@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core import require
-from .sde import like
+from .sde import check_time, like
 
 # %% ../../nbs/diffusion/22_unet.ipynb #ac923d60
 class TimeEmbedding(nn.Module):
@@ -135,6 +135,7 @@ class UNet(nn.Module):
         n, fits = len(xt), xt.ndim == 4 and xt.shape[1] == self.channels and xt.shape[2] % self.factor == 0 == xt.shape[3] % self.factor
         require(fits, f"xt (n, {self.channels}, H, W) with H and W multiples of {self.factor}", f"shape {tuple(xt.shape)}", "pad the images or take fewer levels")
         require(t.shape == (n,), f"one time per image, shape ({n},)", f"shape {tuple(t.shape)}", "use t.expand(n)")
+        check_time(t)
         if self.cond_dim is None:
             require(cond is None, "no cond", f"shape {None if cond is None else tuple(cond.shape)}", "build the net with cond_dim")
             return None

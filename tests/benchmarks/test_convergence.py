@@ -3,6 +3,7 @@
 Same data, batch, machine and noise schedule (DDPM's), the same measure for all: mean squared error of the predicted noise on held-out digits, current weights.
 `make test` takes three steps of each; `make bench` races for BENCH_MINUTES (default 3) each and prints the curves' crossing."""
 import os, time
+import denoising_diffusion_pytorch as lucidrains, diffusers          # of the extra `peers`; without it this file fails
 import pytest, torch
 from torch.nn import functional as F
 from disdiff_tutorial.core import Record, runs_dir, seed_everything, to_float
@@ -12,8 +13,6 @@ from disdiff_tutorial.diffusion.sde import DDPM, like
 from disdiff_tutorial.diffusion.training import Batches, fit
 from disdiff_tutorial.diffusion.unet import UNet
 
-diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-lucidrains = pytest.importorskip("denoising_diffusion_pytorch", reason="the extra `peers` is not installed")
 SDE, WIDTH, BATCH, EVERY = DDPM(), 32, 64, 10
 
 class Watch:

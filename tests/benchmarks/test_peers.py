@@ -2,18 +2,24 @@
 
 `make test` runs each once, untimed; `make bench` times them in turns, prints the ratios, and leaves a record. Arithmetic is counted, since no two of these networks
 do exactly the same: a rate is images/s times operations per image."""
-import os, time
+import os, subprocess, sys, time
+from pathlib import Path
+import denoising_diffusion_pytorch as lucidrains, diffusers          # of the extra `peers`; without it this file fails
 import pytest, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from disdiff_tutorial.core import Record, runs_dir
-from disdiff_tutorial.diffusion.unet import UNet
+from disdiff_tutorial.diffusion.unet import Attention, UNet
+from disdiff_tutorial.run import PEAK
 
-diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
-lucidrains = pytest.importorskip("denoising_diffusion_pytorch", reason="the extra `peers` is not installed")
 WIDTH, SIZE, BATCH = 64, 32, 16
 
 def ours(): return UNet(width=WIDTH, mults=(1, 2), blocks=2)
-def ours_attending(): return UNet(width=WIDTH, mults=(1, 2), blocks=2, attend=(1,))
+def ours_attending():
+    "Self-attention after each of the five blocks of the coarse level, as diffusers has it; not in the middle."
+    net = UNet(width=WIDTH, mults=(1, 2), blocks=2, attend=(1,))
+    net.middle.attend = None
+    return net
 
 class Diffusers(torch.nn.Module):
     "diffusers' UNet2DConditionModel: two residual blocks a level and one in the middle; with `attend`, self-attention after each block of the coarse level."
@@ -40,8 +46,8 @@ def nets(): torch.manual_seed(0); return {name: make() for name, make in NETS.it
 def batch(): torch.manual_seed(0); return torch.randn(BATCH, 1, SIZE, SIZE), torch.rand(BATCH)
 
 def operations(net):
-    "Floating-point operations of one evaluation, per image."
-    with torch.no_grad(), FlopCounterMode(display=False) as count: net(*batch())
+    "Floating-point operations of one evaluation, per image. Attention is spelled out for it: the fused kernel of CPUs is not counted."
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: net(*batch())
     return count.get_total_flops() / BATCH
 
 def train(net):
@@ -67,6 +73,13 @@ def kept(net):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = net(*batch())
     return sum(seen.values()) / 2**20 / len(out)
 
+def peaks(name):
+    "Peak megabytes of a process of its own, with the network built and after one training step."
+    child = f"import test_peers; net = test_peers.NETS[{name!r}]()\n{PEAK}\ntest_peers.train(net)\n{PEAK}"
+    done = subprocess.run([sys.executable, "-c", child], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()[-2:]]
+
 def shares(net):
     "Where the time of a training step goes: share of each kind of operator."
     kinds = {"convolution": "convolutions", "norm": "normalisation", "silu": "activations", "mm": "linear layers", "attention": "attention", "softmax": "attention", "bmm": "attention"}
@@ -85,6 +98,13 @@ def best_of(rounds, nets, work):
             began = time.perf_counter(); work(net); best[name] = min(best[name], time.perf_counter() - began)
     return best
 
+def test_attention_is_equal_and_counted(nets):
+    plain, mine, theirs = (operations(nets[name]) for name in ("ours", "ours, attending", "diffusers, attending"))
+    n, c = (SIZE // 2)**2, 2 * WIDTH                                          # pixels and channels of the coarse level
+    assert sum(isinstance(m, Attention) for m in nets["ours, attending"].modules()) == 5
+    assert mine - plain == 5 * (8 * n * c**2 + 4 * n**2 * c)                  # q, k, v, out; and the two products of attention
+    assert mine == pytest.approx(theirs, rel=0.01)
+
 @pytest.mark.timeout(3600)
 def test_ratios(nets, request):
     timed = not request.config.getoption("benchmark_disable")
@@ -101,6 +121,10 @@ def test_ratios(nets, request):
     for name, net in nets.items():
         record.add(f"GFLOP per image, {name}", flops[name] / 1e9, 1, "counted")
         record.add(f"MB kept per image, {name}", kept(net), BATCH, "counted")
+    for name in nets if timed else ["ours"]:
+        built, trained = peaks(name)
+        record.add(f"peak MB before a training step, {name}", built, 1, "counted"); record.add(f"peak MB after it, {name}", trained, 1, "counted")
+        assert trained >= built > 0
     for kind, share in shares(nets["ours, attending"]).items(): record.add(f"share of time, ours, {kind}", share, 1, "profiled")
     record.seconds = time.perf_counter() - began
     if timed: print("\n" + "\n".join(f"{k:55s} {m['value']:9.3f}" for k, m in record.metrics.items()), "\n", record.save(os.environ.get("BENCH_OUT") or runs_dir()))
