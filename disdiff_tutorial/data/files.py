@@ -698,7 +698,11 @@ def read_lfw(name, root, split, size, crop):
     root = Path(root)
     home = Path(os.environ.get("SCIKIT_LEARN_DATA") or Path.home() / "scikit_learn_data") / "lfw_home" / "lfw_funneled"
     zips, folders = sorted(root.glob("lfw*.zip")), [p for p in (root / "lfw_funneled", root / "lfw-deepfunneled", root / "lfw", home) if p.is_dir()]
-    if not (zips or folders): raise Unavailable(f"expected a zip or folder of LFW's pictures in {short(root)}, found none: {SOURCES[name].by_hand}")
+    if not (zips or folders):
+        (filename, file), = SOURCES[name].files.items()
+        require((root / filename).is_file(), f"a zip or folder of LFW's pictures in {short(root)}", "none", SOURCES[name].by_hand, Unavailable)
+        verify(root / filename, file)
+        raise Unavailable(f"expected a folder {short(root / 'lfw_funneled')}, found only its tgz: unpack it once: python -m tarfile -e {short(root / filename)} {short(root)}")
     names, fetch = in_zip(path := zips[0]) if zips else in_folder(path := folders[0])
     s = _classes(name, stored_pictures(path, names, fetch, size, crop), names)
     return _counted(name, split, path, s)
@@ -768,9 +772,10 @@ SOURCES.update({
          "list_eval_partition.txt": File(None, 2_836_386, "fc955bcb3ef8fbdf7d5640d9a8693a8431b5f2ee291a5c1449a1549e7e073fe7", "d32c9cbf5e040fd4025c592c306e6668")}, read_celeba,
         "Liu, Luo, Wang, Tang: Deep learning face attributes in the wild, ICCV 2015", shape=(64, 140),
         by_hand="its authors ask for consent: open https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, take img_align_celeba.zip, list_attr_celeba.txt and list_eval_partition.txt from the Google Drive linked there, and put them in this folder"),
-    "lfw": Source({"all": 13_233}, "not stated, for research", "http://vis-www.cs.umass.edu/lfw", (), {}, read_lfw,
+    "lfw": Source({"all": 13_233}, "not stated, for research", "http://vis-www.cs.umass.edu/lfw", (),
+        {"lfw-funneled.tgz": File(None, None, "b47c8422c8cded889dc5a13418c4bc2abbda121092b3533a83306f90d900100a")}, read_lfw,
         "Huang, Ramesh, Berg, Learned-Miller: Labeled faces in the wild, 2007", shape=(64, 128), other=("lfw-64.zip", "lfw.zip", "lfw_funneled", "lfw-deepfunneled", "lfw"),
-        by_hand="run `python -c \"from sklearn.datasets import fetch_lfw_people as f; f()\"` once, or put a zip lfw.zip of the pictures in this folder"),
+        by_hand="run `python -c \"from sklearn.datasets import fetch_lfw_people as f; f()\"` once, or take https://ndownloader.figshare.com/files/5976015 and put it in this folder as lfw-funneled.tgz, or a zip lfw.zip of the pictures"),
     "lsun_church": Source({"train": 126_227, "valid": 300}, "not stated, for research", "https://www.yf.io/p/lsun", ("http://dl.yf.io/lsun/scenes",),
         {"church_outdoor_train_lmdb.zip": File(None, 2_448_463_466, "91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a"),
          "church_outdoor_val_lmdb.zip": File(None, 5_957_308, "34635b7547a3e51a15f942a4a4082dd6bc9cca381a953515cb2275c0eed50584")}, read_lsun,
