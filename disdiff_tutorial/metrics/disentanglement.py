@@ -578,7 +578,7 @@ def sample_efficiency(codes, factors, codes_test, factors_test, sizes=(1000, 100
         row[~some] = (factors_test[:, ~some] == factors[:1, ~some].to(factors_test)).double().mean(0).cpu()       # one value seen: always say that
         accuracy.append(row)
     accuracy = torch.stack(accuracy)
-    require((accuracy[0] > 0).all(), "a test table that shares values with the training table", "none shared", "draw both from the same data")
+    require((accuracy[0] > 0).all(), "trees from all rows that are right now and then", f"test accuracies {accuracy[0].tolist()}", "draw both tables from the same data, or more rows")
     return Efficiency(accuracy, (len(codes), *sizes), (accuracy[1:] / accuracy[0]).mean(1))
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #2d14e4eb
@@ -617,11 +617,16 @@ def one_to_one(table):
 
 def udr(codes, kl=None, kind="lasso", least_kl=0.01):
     """`UDR` of M models from their codes for the same images, M tables (n, L) (Duan et al. 2020). `kl` (M tables of (L,)) gives the codes' mean divergences from the
-    prior; those up to 0.01 are left out, as the reference does; without it constant codes are. `kind='lasso'` (penalty 0.1, the default) or 'spearman'."""
+    prior; those up to 0.01 are left out, as the reference does; without it constant codes are. `kind='lasso'` (penalty 0.1, the default) or 'spearman'. A model
+    without a code that is left scores 0, and 0 enters the medians of the others."""
     require(len(codes) > 1 and kind in ("lasso", "spearman"), "two or more models and the kind 'lasso' or 'spearman'", f"{len(codes)} and {kind!r}", "train more seeds")
     codes = [checked(z, torch.zeros(len(z), 1, dtype=torch.long))[0] for z in codes]
     require(len({z.shape for z in codes}) == 1, "codes of one shape for all models", [tuple(z.shape) for z in codes], "encode the same images with codes of one length")
-    live = [torch.as_tensor(k, device=z.device) > least_kl for k, z in zip(kl, codes)] if kl is not None else [z.amax(0) > z.amin(0) for z in codes]
+    if kl is not None:
+        kl = [torch.as_tensor(k, device=codes[0].device) for k in kl]
+        require(len(kl) == len(codes) and all(k.shape == z.shape[1:] and k.isfinite().all() for k, z in zip(kl, codes)), f"kl with {len(codes)} tables of {codes[0].shape[1]} finite numbers",
+                [k.tolist() for k in kl][:2], "give the mean divergence of each code of each model")
+    live = [k > least_kl for k in kl] if kl is not None else [z.amax(0) > z.amin(0) for z in codes]
     unit = [standardised(z)[0] * m for z, m in zip(codes, live)]
     pairs = torch.zeros(len(codes), len(codes), dtype=torch.float64)
     for i in range(len(codes)):
@@ -719,7 +724,8 @@ def evaluate_codes(codes, factors, codes_test, factors_test, seed=0, votes=(10_0
             lambda: add(("explicitness", explicitness(*here), explicitness(*both))), info,
             lambda: add(*((f"MCC, {kind}", mcc(*here, kind), mcc(*here, kind, *there)) for kind in ("pearson", "spearman"))),
             lambda: each("IRS", lambda z, f: irs(z, f).score)]
-    if factors.amin() >= 0 and factors.amax() <= 1: work.append(lambda: each("TAD, step 0.01", lambda z, f: tad(z, f).score))
+    def attributes(): a, b = tad(*here), tad(*there); add(("TAD, step 0.01", a.score, b.score), ("TAD, captured", a.captured, b.captured))
+    if factors.amin() >= 0 and factors.amax() <= 1: work.append(attributes)
     for job in progress_bar(work, show=progress, desc="metrics", leave=False): job()
     return Scores(rows, len(codes), len(codes_test), seed)
 
