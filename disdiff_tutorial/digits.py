@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_A_DIGIT', 'SDE', 'SIZES', 'splits', 'Reader', 'shifted', 'read', 'spoil', 'train_reader', 'legible', 'build',
-           'one_hot', 'v_weight', 'middle_time', 'digits', 'measure', 'draw', 'load']
+           'one_hot', 'digits', 'measure', 'draw', 'load']
 
 # %% ../nbs/diffusion/26_digits.ipynb #33c35aff
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from .core import by_scale, device, load_tensors, save_tensors, seed_everything, to_float
 from .data import files
-from .diffusion.dsm import T_MIN, drop_cond, dsm_loss
+from .diffusion.dsm import drop_cond, dsm_loss, middle_time, v_weight
 from .diffusion.sampling import sample
 from .diffusion.sde import VPSDE
 from .diffusion.training import Batches, fit
@@ -83,14 +83,6 @@ def build(width):
 def one_hot(labels):
     "Labels (n,) as conditions (n, 10)."
     return F.one_hot(labels, 10).float()
-
-def v_weight(sde, t):
-    "lambda(t) = sigma^2 / alpha^2 in terms of the score: every time counts the same in v."
-    return sde.alpha(t) ** -2
-
-def middle_time(n, device=None):
-    "Times (n,), logit-normal: most where a picture is decided, around 0.4; few at the ends, where there is little left to learn."
-    return T_MIN + (1 - T_MIN) * torch.sigmoid(torch.randn(n, device=device) - 0.4)
 
 # %% ../nbs/diffusion/26_digits.ipynb #b3cfa604
 def digits(config):

@@ -18,7 +18,11 @@ def later(module, function):
     def experiment(config): return getattr(importlib.import_module(f"disdiff_tutorial.{module}"), function)(config)
     return experiment
 
-EXPERIMENTS = {"diffusion/digits": later("digits", "digits")}   # name -> function(config) -> Record
+EXPERIMENTS = {                                                 # name -> function(config) -> Record
+    "diffusion/digits": later("digits", "digits"),
+    "lcgdm/squares": later("lcgdm.factorvae", "squares_experiment"),
+    "lcgdm/sprites": later("lcgdm.latent_guidance", "sprites_experiment"),
+}
 
 def known(name):
     "The experiment called `name`; one line for an unknown one."
