@@ -21,9 +21,6 @@ def later(module, function):
 EXPERIMENTS = {                                                 # name -> function(config) -> Record
     "diffusion/digits": later("digits", "digits"),
     "lcgdm/squares": later("lcgdm.factorvae", "squares_experiment"),
-    "lcgdm/sprites": later("lcgdm.latent_guidance", "sprites_experiment"),
-    "lcgdm/digits": later("lcgdm.scaling", "digits_experiment"),
-    "lcgdm/faces": later("lcgdm.scaling", "faces_experiment"),
 }
 
 def known(name):
