@@ -13,14 +13,30 @@ from pathlib import Path
 from .core import SCALES, Config, Record, atomic, checkout, data_dir, require, runs_dir, scale, short
 
 # %% ../nbs/02_run.ipynb #f523a178
-def later(module, function):
-    "The experiment `function` of `disdiff_tutorial.<module>`, imported when it is first called."
-    def experiment(config): return getattr(importlib.import_module(f"disdiff_tutorial.{module}"), function)(config)
+def later(module, function, **options):
+    "The experiment `function` of `disdiff_tutorial.<module>` with `options`, imported when it is first called."
+    def experiment(config): return getattr(importlib.import_module(f"disdiff_tutorial.{module}"), function)(config, **options)
     return experiment
 
 EXPERIMENTS = {                                                 # name -> function(config) -> Record
     "diffusion/digits": later("digits", "digits"),
     "lcgdm/squares": later("lcgdm.factorvae", "squares_experiment"),
+    "lcgdm/sprites": later("lcgdm.latent_guidance", "sprites_experiment"),
+    "lcgdm/sprites-0": later("lcgdm.latent_guidance", "sprites_experiment", gamma=0., dear=False),
+    "lcgdm/sprites-10": later("lcgdm.latent_guidance", "sprites_experiment", gamma=10., dear=False),
+    "lcgdm/sprites-20": later("lcgdm.latent_guidance", "sprites_experiment", gamma=20., dear=False),
+    "lcgdm/sprites-truncated": later("lcgdm.latent_guidance", "sprites_experiment", truncated=True),
+    "lcgdm/dsprites": later("lcgdm.latent_guidance", "sprites_experiment", whole=True, dear=False),
+    "lcgdm/digits": later("lcgdm.scaling", "digits_experiment"),
+    "lcgdm/digits-zeros": later("lcgdm.scaling", "digits_experiment", zeros=True),
+    "lcgdm/faces": later("lcgdm.scaling", "faces_experiment"),
+    "ivae/rotation": later("ivae.ivae", "rotation_experiment"),
+    "ivae/rooms": later("ivae.ivae_ddpm", "rooms_experiment"),
+    "ivae/rooms-vae": later("ivae.ivae_ddpm", "rooms_experiment", model="VAE"),
+    "ivae/rooms-ivae": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE"),
+    "ivae/rooms-weighted": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE + DDPM, weighted"),
+    "ivae/rooms-norec": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction"),
+    "ivae/rooms-beta": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction, towards noise"),
 }
 
 def known(name):
@@ -37,8 +53,9 @@ def records(name=None):
     return [r for *_, r in sorted(found, key=lambda row: row[:3])]
 
 def describe(record, verb):
-    "One line on a record: what was done, at which scale and seed, what it cost, and its metrics with their sample counts."
-    metrics = "; ".join(f"{k} {m['value']:.4g} (n={m['n']}, {m['split']})" for k, m in record.metrics.items())
+    "One line on a record: what was done, at which scale and seed, what it cost, and its first six metrics with their sample counts."
+    some = list(record.metrics.items())[:6]
+    metrics = "; ".join([f"{k} {m['value']:.4g} (n={m['n']}, {m['split']})" for k, m in some] + [f"and {len(record.metrics) - 6} more"] * (len(record.metrics) > 6))
     return f"{verb} {record.name}: scale {record.scale}, seed {record.seed}, {record.seconds:.0f} s on {record.device}; {metrics}"
 
 # %% ../nbs/02_run.ipynb #35105518
