@@ -145,7 +145,7 @@ def best_overlap(images, table):
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #51052356
 SPRITES = dict(
     smoke=dict(vae_steps=30, steps=20, width=16, points=300, samples=16, evaluations=4, judged=0),
-    cpu=dict(vae_steps=12_000, steps=3000, width=32, points=10_000, samples=500, evaluations=20, judged=200))
+    cpu=dict(vae_steps=12_000, steps=3000, width=32, points=10_000, samples=500, evaluations=20, judged=500))
 DSPRITES = dict(
     smoke=dict(vae_steps=2, steps=2, width=16, points=100, samples=4, evaluations=2, judged=0),
     gpu=dict(vae_steps=100_000, steps=20_000, width=64, points=10_000, samples=2000, evaluations=20, judged=50_000))
@@ -189,7 +189,7 @@ def measure(record, model, data, sizes):
     for name, y in drawn.items():
         record.add(f"fit, {name}", best_overlap(y[few], table)[0].mean(), sizes["samples"], "generated")
         if "encoded" in name: record.add(f"obedience, {name}", overlap(inside(y), inside(x))[few].mean(), sizes["samples"], "generated")
-    if sizes["judged"]: judge_quality(record, drawn | {"other true pictures": other}, truth)
+    if j := sizes["judged"]: judge_quality(record, {k: y[:j] for k, y in (drawn | {"other true pictures": other}).items()}, truth[:j])
 
 def draw_all(model, z, p, generator, evaluations, size=500):
     "Samples of encoded codes z (n, d) and prior codes p (n, d) by the diffusion model, without a code, and by the autoencoder: a dict of images, uint8."
