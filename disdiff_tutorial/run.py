@@ -37,6 +37,14 @@ EXPERIMENTS = {                                                 # name -> functi
     "ivae/rooms-weighted": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE + DDPM, weighted"),
     "ivae/rooms-norec": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction"),
     "ivae/rooms-beta": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction, towards noise"),
+    "dyga/vqgan": later("dyga.latent_diffusion", "vqgan_experiment"),
+    "dyga/rooms": later("dyga.latent_diffusion", "rooms_experiment"),
+    "dyga/rooms-dyga": later("dyga.interpretation", "ablation_experiment", anchors="bounded"),
+    "dyga/rooms-paper": later("dyga.interpretation", "ablation_experiment", anchors="paper"),
+    "dyga/rooms-fsq": later("dyga.interpretation", "ablation_experiment", anchors="fsq"),
+    "dyga/rooms-sd": later("dyga.interpretation", "ablation_experiment", skip=.2),
+    "dyga/rooms-both": later("dyga.interpretation", "ablation_experiment", anchors="bounded", skip=.2),
+    "dyga/skips": later("dyga.skip_dropout", "skips_experiment"),
 }
 
 def known(name):

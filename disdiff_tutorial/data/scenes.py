@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAR', 'FLOOR', 'WALL', 'OBJECT', 'SKY', 'SAMPLES', 'HUES', 'LAYERS', 'VERSION', 'tables', 'World', 'rays', 'plane',
            'first_root', 'ball', 'tube', 'lid', 'box', 'nearest', 'solid', 'room', 'pattern', 'paint', 'light',
-           'Backdrop', 'backdrop', 'trace', 'lanczos', 'layers', 'build', 'digest', 'table', 'Scenes']
+           'Backdrop', 'backdrop', 'trace', 'lanczos', 'layers', 'build', 'digest', 'table', 'Scenes', 'rooms']
 
 # %% ../../nbs/data/12_scenes.ipynb #ec6f2b51
 import colorsys, dataclasses, hashlib, itertools, math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from ..core import cache_dir, device as default_device, load_tensors, progress_bar, require, save_tensors, short
-from .factors import FactorData, FactorGrid
+from .factors import FactorData, FactorGrid, Reduced
 
 # %% ../../nbs/data/12_scenes.ipynb #6744289e
 def tables():
@@ -297,3 +297,8 @@ class Scenes(FactorData):
         total = self.rows.index_select(0, rows[:, 0].flatten())
         for k in (1, 2, 3): total += self.rows.index_select(0, rows[:, k].flatten())
         return total.add_(8).bitwise_right_shift_(4).clamp_(0, 255)                                      # sixteenths, rounded
+
+# %% ../../nbs/data/12_scenes.ipynb #33302ff9
+def rooms(device=None):
+    "Scenes at 32 x 32 with four factors: three hues (10 each) and the shape (4); size and direction in the middle. 4,000 images, kept on the device."
+    return Reduced(Scenes(64, device), shrink=2, scale=[4], orientation=[7])

@@ -103,29 +103,31 @@ class UNet(nn.Module):
 
     `width` channels times `mults` per level, `blocks` residual blocks a level, self-attention at the levels in `attend` (0 is the finest), with the
     middle always attending if any does. `cond_dim` d makes it conditional: cond (n, d) enters by AdaGN, or with `tokens=True` cond (n, N, d) by
-    cross-attention at every level. cond=None stands for the learned null condition `net.null` (d,). `stem` s packs s x s pixels into channels first, so that
+    cross-attention at every level (`tokens=[0, 1]`: at these alone). cond=None stands for the learned null condition `net.null` (d,). `stem` s packs s x s pixels into channels first, so that
     the first level runs at 1/s of the resolution. With `sde` the layers predict v, which is turned into eps outside them. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
     def __init__(self, channels=1, width=64, mults=(1, 2), blocks=2, attend=(), cond_dim=None, tokens=False, stem=1, sde=None):
         super().__init__()
         require(width % 4 == 0, "a width divisible by 4", width, "round it")
-        self.channels, self.cond_dim, self.tokens, self.factor = channels, cond_dim, tokens, stem * 2 ** (len(mults) - 1)
-        self.sde = sde
+        self.channels, self.cond_dim, self.tokens, self.factor = channels, cond_dim, bool(tokens), stem * 2 ** (len(mults) - 1)
+        levels = list(range(len(mults)))
+        self.sde, self.crossed = sde, levels if tokens is True else sorted(tokens or [])       # levels with cross-attention
+        require(set(self.crossed) <= set(levels), f"tokens at levels from 0 to {levels[-1]}", tokens, "0 is the finest")
         self.null = nn.Parameter(0.1 * torch.randn(cond_dim)) if cond_dim else None
         self.time = TimeEmbedding(width)
-        stage = lambda c_in, c_out, level: Stage(c_in, c_out, 4 * width, None if tokens else cond_dim, level in attend, cond_dim if tokens else None)
+        stage = lambda c_in, c_out, level, attends: Stage(c_in, c_out, 4 * width, None if tokens else cond_dim, attends, cond_dim if level in self.crossed else None)
         self.pack, self.unpack = (nn.PixelUnshuffle(stem), nn.PixelShuffle(stem)) if stem > 1 else (nn.Identity(), nn.Identity())
         self.first, kept = nn.Conv2d(channels * stem**2, width, 3, padding=1), [width]
         self.down, self.up, self.shrink, self.grow = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         c = width
         for level, m in enumerate(mults):
-            self.down.append(nn.ModuleList([stage(c if b == 0 else m * width, m * width, level) for b in range(blocks)]))
+            self.down.append(nn.ModuleList([stage(c if b == 0 else m * width, m * width, level, level in attend) for b in range(blocks)]))
             c, kept = m * width, kept + [m * width] * blocks
             if level < len(mults) - 1: self.shrink.append(nn.Conv2d(c, c, 3, stride=2, padding=1)); kept.append(c)
         self.skips = nn.ModuleList([nn.Identity() for _ in kept])
-        self.middle = stage(c, c, len(mults) - 1 if attend else None)
+        self.middle = stage(c, c, levels[-1], bool(attend))
         for level, m in reversed(list(enumerate(mults))):
             stages = nn.ModuleList()
-            for _ in range(blocks + 1): stages.append(stage(c + kept.pop(), m * width, level)); c = m * width
+            for _ in range(blocks + 1): stages.append(stage(c + kept.pop(), m * width, level, level in attend)); c = m * width
             self.up.append(stages)
             if level: self.grow.append(nn.Conv2d(c, c, 3, padding=1))
         self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, channels * stem**2, 3, padding=1)))
