@@ -53,7 +53,7 @@ def split(x, g, psi=.5, phi=.5, chance=.5, iterations=30, generator=None, batch=
         along = ((points - g.means[u, k][:, None]) @ g.axes[u, k, :, :1])[..., 0]
         halves = em(points, one_hot((along > 0).long(), 2), iterations, 1e-4 * points.shape[1], weight=here.double(), want_resp=False)[0]
         for i, (a, b) in enumerate(zip(u, k)):
-            if (halves.weights[i] > 0).all(): put(new, a, b, Gaussians(*(v[i] for v in halves)))
+            if (halves.weights[i] > 0).all(): put(new, a, b, halves.of(i))
     return new
 
 def put(g, u, k, halves):

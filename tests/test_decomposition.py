@@ -1,0 +1,134 @@
+"Score components from outside: folded passes, weights, the two-term loss, errors in one line, files, and the antisymmetric share."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, load_model, read_factors, rooms_experiment)
+from disdiff_tutorial.core import Config
+from disdiff_tutorial.data.scenes import rooms
+from disdiff_tutorial.diffusion.sampling import sample
+from disdiff_tutorial.diffusion.sde import SubVPSDE, VPSDE
+from disdiff_tutorial.diffusion.unet import UNet
+
+x = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+def made(k=3, dim=10, seed=0, **kw):
+    "A small model with random weights everywhere: a fresh net answers 0."
+    torch.manual_seed(seed)
+    net = UNet(3, 16, [1, 2], 1, attend=[1], cond_dim=dim, stem=2, sde=SubVPSDE())
+    for p in net.parameters():
+        if not p.any(): nn.init.normal_(p, std=.2)
+    return ComponentScore(net, Encoder((3, 16, 16), k, dim, 8), k, **kw)
+
+def batch(n=5, k=3, dim=10):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 16, 16, generator=g), torch.rand(n, generator=g) * .9 + .05, torch.randn(n, k, dim, generator=g)
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_folded_is_a_loop(k):
+    model, (xt, t, zeta) = made(k).eval(), batch(k=k)
+    with torch.no_grad():
+        loop = torch.stack([model.net(xt, t, zeta[:, i]) for i in range(k)], 1)
+        assert torch.allclose(model.components(xt, t, zeta), loop, atol=1e-4) and torch.allclose(model(xt, t, zeta), loop.mean(1), atol=1e-4)
+
+def test_order_of_components_does_not_matter():
+    model, (xt, t, zeta) = made().eval(), batch()
+    with torch.no_grad(): assert torch.allclose(model(xt, t, zeta), model(xt, t, zeta[:, [2, 0, 1]]), atol=1e-5)
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.data())
+def test_weights_sum_to_one_and_dilution_moves_them(k, data):
+    some = data.draw(st.sets(st.integers(0, k - 1), max_size=k)); alpha = data.draw(st.floats(0, 1))
+    w, plain = blend(k, dilute=tuple(some), alpha=alpha), blend(k)
+    assert w.shape == (k + 1,) and torch.isclose(w.sum(), torch.tensor(1.)) and torch.isclose(w[k], torch.tensor(len(some) * (1 - alpha) / k), atol=1e-6)
+    for i in range(k): assert torch.isclose(w[i], plain[i] * (alpha if i in some else 1.), atol=1e-6)
+
+def test_mixed_is_the_weighted_sum_and_skips_zeros():
+    model, (xt, t, zeta) = made().eval(), batch(); calls = []
+    model.net.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    with torch.no_grad():
+        every = torch.cat([model.components(xt, t, zeta), model(xt, t)[:, None]], 1); calls.clear()
+        w = torch.tensor([.5, 0., -.2, .7]); mixed = model.mixed(xt, t, zeta, w)
+        assert calls == [15] and torch.allclose(mixed, (every * w.view(1, 4, 1, 1, 1)).sum(1), atol=1e-4)
+
+def test_unconditional_ignores_the_encoder_and_is_ones():
+    model, (xt, t, _) = made().eval(), batch()
+    with torch.no_grad(): assert torch.equal(model(xt, t), model.net(xt, t, torch.ones(5, 10)))
+    model.zero_grad(); model.term(torch.zeros(5, 3, 16, 16), t, torch.ones(5), None).backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+@pytest.mark.parametrize("how", [{}, {"drop": .3}])
+def test_loss_teaches_encoder_and_net(how):
+    model = made(); model.loss(x, **how).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoder.parameters()) and model.encoder.heads.weight.grad.abs().max() > 0
+    assert all(p.grad is not None for n, p in model.net.named_parameters() if n != "null")
+
+@pytest.mark.parametrize("method", ["em", "pc", "ddim", "dpm++"])
+def test_every_sampler_and_the_old_mode(method):
+    model = made().train(); zeta = model.encode(x[:2])
+    y = model.sample(zeta, steps=3, method=method); assert y.shape == (2, 3, 16, 16) and y.abs().max() <= 1 and model.training
+    noise = torch.randn(2, 3, 16, 16)
+    if method in ("ddim", "dpm++"): assert torch.allclose(model.sample(zeta, steps=3, method=method, x=noise), sample(model, model.sde, noise.shape, zeta, method, 3, x=noise).clamp(-1, 1), atol=1e-3)
+
+def test_compose_copies():
+    a, b = torch.zeros(2, 3, 4), torch.ones(2, 3, 4); c = compose(a, b, [0, 2])
+    assert c[:, [0, 2]].eq(1).all() and c[:, 1].eq(0).all() and a.eq(0).all()
+
+def test_a_resumed_training_ends_the_same(tmp_path):
+    def weights(parts):
+        model = made()
+        for steps in parts: torch.manual_seed(1) if steps == parts[0] else None; model.fit(x, steps=steps, size=4, checkpoint=tmp_path / f"{len(parts)}", progress=False)
+        return torch.cat([p.flatten() for p in model.parameters()])
+    assert torch.equal(weights([6]), weights([6, 6]))
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: Encoder((3, 20, 16)), "expected images with sides that 8 divides"), (lambda: made().encode(x[..., :8]), "expected images (n, 3, 16, 16)"),
+    (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 2, 10), 3).encode(x), "expected an encoder that returns (n, 3, dim)"),
+    (lambda: ComponentScore(nn.Identity(), nn.Identity(), 3), "expected dim, or a net with cond_dim"), (lambda: made().sample(torch.zeros(2, 10)), "expected latents (n, 3, dim)"),
+    (lambda: made().sample(torch.zeros(2, 3, 10), blend(2)), "expected 4 weights"), (lambda: blend(3, only=3), "expected components from 0 to 2"),
+    (lambda: blend(3, weights=[1, 2]), "expected 3 weights"), (lambda: blend(2, weights=[1, -1]), "expected 2 weights with a sum above 0"), (lambda: made().loss(x, drop=2.), "expected a probability")])
+def test_one_line(call, message):
+    with pytest.raises(ValueError) as err: call()
+    assert message in str(err.value) and "\n" not in str(err.value)
+
+def test_antisymmetric_share():
+    g = torch.Generator().manual_seed(0); A = torch.randn(8, 8, generator=g).double(); pts = torch.randn(30, 8, generator=g).double()
+    assert antisymmetric(lambda v: v @ (A + A.T), pts) < 1e-12 and abs(antisymmetric(lambda v: v @ (A - A.T), pts) - 1) < 1e-9
+    energy = lambda v: (v @ A).tanh().square().sum(1)                    # the gradient of any energy
+    def gradient(v): return torch.autograd.grad(energy(v).sum(), v, create_graph=True)[0]
+    assert antisymmetric(gradient, pts) < 1e-10
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda v: (v @ A).tanh(), p) for p in pts])
+    exact = ((jacobian - jacobian.mT) / 2).square().sum() / jacobian.square().sum()
+    assert abs(antisymmetric(lambda v: (v @ A).tanh(), pts, 400) - exact.sqrt().item()) < .03
+
+def test_antisymmetric_goes_through_attention():
+    model, (xt, t, zeta) = made().eval(), batch(2)
+    assert 0 < antisymmetric(lambda v: model(v, t[:2], zeta[:2]), xt[:2], 2) <= 1
+
+def test_carried_knows_who_knows():
+    pytest.importorskip("sklearn")
+    g = torch.Generator().manual_seed(0); f = torch.randint(3, (400, 2), generator=g); z = torch.randn(400, 2, 3, generator=g)
+    for j in range(2): z[:, j] += 8 * nn.functional.one_hot(f[:, j], 3)
+    info, right, H = carried(z[:300], f[:300], z[300:], f[300:])
+    assert info.shape == right.shape == (3, 2) and (info <= H + 1e-9).all() and (info.diagonal() > .8 * H).all() and info[0, 1] < .1 and info[1, 0] < .1 and (right[2] > .95).all()
+
+def test_world_is_split_and_read_back():
+    data = rooms("cpu"); x_new, f_new, x_old, f_old = held_out(data)
+    assert len(x_new) == 400 and len(x_old) == 3600 and torch.equal(read_factors(x_new, data), f_new)
+    both = torch.cat([f_new, f_old]); assert len(both.unique(dim=0)) == 4000
+
+@pytest.mark.parametrize("experiment, k", [(rooms_experiment, 2), (digits_experiment, 3)])
+def test_experiments_leave_a_model_that_loads(experiment, k, tmp_path):
+    record = experiment(Config("components/test", "smoke", 0, None, tmp_path), k=k); record.save(tmp_path); model = load_model(record)
+    assert model.k == k and not model.training and {"reconstruction, rms error", "picture loss", "picture loss, unconditional"} <= set(record.metrics) and record.curves["loss"]
+
+def test_shipped_weights_are_small():
+    model = build((3, 32, 32), 5, 32, 32, 128)
+    assert 2 * sum(v.numel() for v in model.state_dict().values()) < 12e6
+
+def test_another_process_and_net():
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(10, 3)
+        def forward(self, xt, t, cond): return xt * self.a(cond)[:, :, None, None]
+    model = ComponentScore(Plain(), Encoder((3, 16, 16), 2, 10, 8), 2, VPSDE(), dim=10)
+    model.fit(x, steps=2, size=4, progress=False); assert model.sample(model.encode(x[:3]), steps=2).shape == (3, 3, 16, 16)
