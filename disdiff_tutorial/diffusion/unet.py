@@ -104,13 +104,14 @@ class UNet(nn.Module):
     `width` channels times `mults` per level, `blocks` residual blocks a level, self-attention at the levels in `attend` (0 is the finest), with the
     middle always attending if any does. `cond_dim` d makes it conditional: cond (n, d) enters by AdaGN, or with `tokens=True` cond (n, N, d) by
     cross-attention at every level (`tokens=[0, 1]`: at these alone). cond=None stands for the learned null condition `net.null` (d,). `stem` s packs s x s pixels into channels first, so that
-    the first level runs at 1/s of the resolution. With `sde` the layers predict v, which is turned into eps outside them. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
-    def __init__(self, channels=1, width=64, mults=(1, 2), blocks=2, attend=(), cond_dim=None, tokens=False, stem=1, sde=None):
+    the first level runs at 1/s of the resolution. With `sde` the layers predict `target`, v or x0, which is turned into eps outside them; x0 suits a net with a `width` below channels * stem^2, too narrow to carry the noise. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
+    def __init__(self, channels=1, width=64, mults=(1, 2), blocks=2, attend=(), cond_dim=None, tokens=False, stem=1, sde=None, target="v"):
         super().__init__()
         require(width % 4 == 0, "a width divisible by 4", width, "round it")
         self.channels, self.cond_dim, self.tokens, self.factor = channels, cond_dim, bool(tokens), stem * 2 ** (len(mults) - 1)
         levels = list(range(len(mults)))
-        self.sde, self.crossed = sde, levels if tokens is True else sorted(tokens or [])       # levels with cross-attention
+        require(target in ("v", "x0"), "target 'v' or 'x0'", repr(target), "choose one of these")
+        self.sde, self.target, self.crossed = sde, target, levels if tokens is True else sorted(tokens or [])       # levels with cross-attention
         require(set(self.crossed) <= set(levels), f"tokens at levels from 0 to {levels[-1]}", tokens, "0 is the finest")
         self.null = nn.Parameter(0.1 * torch.randn(cond_dim)) if cond_dim else None
         self.time = TimeEmbedding(width)
@@ -150,7 +151,7 @@ class UNet(nn.Module):
         cond = self.check(xt, t, cond)
         if self.sde is None: return self.layers(xt, t, cond)
         size = (self.sde.alpha(t)**2 + self.sde.sigma(t)**2).rsqrt()           # 1 for the VP-SDE: brings xt to the scale of the data
-        return self.sde.convert(self.layers(like(size, xt) * xt, t, cond), xt, t, "v", "eps")
+        return self.sde.convert(self.layers(like(size, xt) * xt, t, cond), xt, t, self.target, "eps")
 
     def layers(self, x, t, cond):
         "What is learned: (n, channels, H, W) -> the same shape."

@@ -229,7 +229,7 @@ class LatentDiffusion(nn.Module):
         self.autoencoder = autoencoder.eval().requires_grad_(False) if autoencoder is not None else None
         (c, h, w), f = extractor.shape, autoencoder.factor if autoencoder is not None else 1
         self.shape = (autoencoder.facts["dim"], h // f, w // f) if autoencoder is not None else (c, h, w)
-        self.net = UNet(self.shape[0], cond_dim=extractor.dim, tokens=unet.pop("tokens", True), sde=sde, **(dict(width=32, mults=[1, 2], blocks=1, attend=[1], stem=4 if f == 1 else 1) | unet))
+        self.net = UNet(self.shape[0], cond_dim=extractor.dim, tokens=unet.pop("tokens", True), sde=sde, **(dict(width=32, mults=[1, 2], blocks=1, attend=[1], stem=4 if f == 1 else 1, target="x0") | unet))
         self.net.null.requires_grad_(False)                                # no unit is ever dropped
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -311,7 +311,7 @@ def note_scores(record, encode, data, points, label=""):
     from disdiff_tutorial.metrics.disentanglement import evaluate, factorvae_score
     votes, half = (2000, 1000) if points >= 1000 else (100, 50), points // 2
     codes = as_codes(encode, data, points, record.seed)
-    record.add(f"{label}FactorVAE score", factorvae_score(codes, data, votes=votes, points=points, seed=record.seed, progress=False).score, votes[1], "fresh votes")
+    record.add(f"{label}FactorVAE score", factorvae_score(codes, data, votes=votes, points=points, relative=True, seed=record.seed, progress=False).score, votes[1], "fresh votes")
     for row in evaluate(codes, data, record.seed, points, half, votes=votes, sizes=[s for s in (1000, 100) if s < points], jobs=1, progress=False):
         record.add(f"{label}{row.metric}", row.held_out, half, "held out: other draws of the training grid")
         if row.in_sample is not None: record.add(f"{label}{row.metric}, in sample", row.in_sample, points, "draws of the training grid")
