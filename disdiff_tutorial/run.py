@@ -45,9 +45,6 @@ EXPERIMENTS = {                                                 # name -> functi
     "dyga/rooms-sd": later("dyga.interpretation", "ablation_experiment", skip=.2),
     "dyga/rooms-both": later("dyga.interpretation", "ablation_experiment", anchors="bounded", skip=.2),
     "dyga/skips": later("dyga.skip_dropout", "skips_experiment"),
-    "components/rooms": later("components.decomposition", "rooms_experiment", k=3),
-    "components/rooms-5": later("components.decomposition", "rooms_experiment", k=5),
-    "components/digits": later("components.decomposition", "digits_experiment"),
 }
 
 def known(name):

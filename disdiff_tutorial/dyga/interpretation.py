@@ -33,7 +33,7 @@ def ablation_experiment(config, anchors=None, skip=0., **options):
 
 def load_ablation(record):
     "The model of a record of `ablation_experiment`."
-    return load_model(record, TIDY[record.config["anchors"]](record.config["units"], record.config["dim"]))
+    return load_model(record, TIDY[record.config.get("anchors")](record.config["units"], record.config["dim"]))
 
 # %% ../../nbs/dyga/64_interpretation.ipynb #3a8c7f44
 def nearest_factors(images, data, chunk=500):
