@@ -37,7 +37,7 @@ class Gaussians(NamedTuple):
 def moments(x, resp, least=1e-8):
     """Mass (U, K), means (U, K, p) and covariances (U, K, p, p) of x (U, n, p), float64, under weights resp (U, n, K); divided by the mass. Where K > 4 on a CPU, a point
     counts only in clusters to which it belongs with more than `least`: most belong to one."""
-    (U, n, p), K = x.shape, resp.shape[2]
+    (U, _, p), K = x.shape, resp.shape[2]
     sparse = K > 4 and not x.is_cuda
     mass, means, cov = x.new_zeros(U, K), x.new_zeros(U, K, p), x.new_zeros(U, K, p, p)
     for u in range(U if sparse else 0):
