@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCALES', 'require', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float', 'to_uint8',
            'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors',
-           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'Config']
+           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'Config', 'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
-import contextlib, dataclasses, datetime, json, math, os, platform, random, subprocess, sys, tempfile
+import contextlib, dataclasses, datetime, json, math, os, platform, random, subprocess, sys, tempfile, time
 from importlib import metadata, util
 from pathlib import Path
 import numpy as np, torch
@@ -217,6 +217,24 @@ class Config:
     minutes: float | None
     out: Path
 
+    def __post_init__(self): self.began = time.monotonic()
+
     def record(self, **config):
         "A fresh record for this run, with the sizes that the experiment chose."
         return Record(self.name, self.scale, self.seed, config=config)
+
+    def resume(self, part):
+        "Where the training `part` keeps what it needs to go on."
+        return self.out / f"{self.record().stem}.{part.replace(' ', '-').replace('/', '-')}.resume.safetensors"
+
+    def train(self, part, fit, steps):
+        """One training of the experiment: `fit(steps=, minutes=, checkpoint=)`, options of `diffusion.training.fit`, within the minutes that are left. Returns what `fit` does: a `Fit`, or a tuple of them.
+        Raises `Unfinished` when the time is up; the same experiment in the same folder then goes on there."""
+        left = None if self.minutes is None else max(self.minutes - (time.monotonic() - self.began) / 60, 1e-9)
+        done = fit(steps=steps, minutes=left, checkpoint=self.resume(part))
+        taken = sum(f.steps for f in (done if type(done) is tuple else (done,)) if f)             # a Fit is a named tuple
+        if taken < steps: raise Unfinished(f"{self.name}: time is up in {part!r}, after {taken:,} of {steps:,} steps")
+        return done
+
+class Unfinished(Exception):
+    "The minutes of an experiment are over before its work is; what was done lies in checkpoints."

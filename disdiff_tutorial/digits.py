@@ -93,14 +93,12 @@ def digits(config):
     images, labels = train.images.to(where), train.labels.to(where)
     reader = train_reader(images, labels, sizes["reader_steps"])
     record, net = config.record(data=train.name, drop=0.2, lr=2e-3, **sizes), build(sizes["width"]).to(where)
-    resume = config.out / f"{record.stem}.resume.safetensors"
     loss = lambda x, y: dsm_loss(net, to_float(x), SDE, drop_cond(one_hot(y), net.null, record.config["drop"]), weighting=v_weight, time=middle_time)
-    done = fit(loss, net, Batches(images, labels, size=sizes["batch"], seed=config.seed), steps=sizes["steps"], minutes=config.minutes, lr=record.config["lr"], checkpoint=resume)
-    record.images, record.curves["loss"], record.config["steps"] = done.images, done.curve, done.steps
+    done = config.train("net", lambda **kind: fit(loss, net, Batches(images, labels, size=sizes["batch"], seed=config.seed), lr=record.config["lr"], **kind), sizes["steps"])
+    record.images, record.curves["loss"] = done.images, done.curve
     measure(record, net, reader, test, sizes)
     weights = {f"net/{k}": v for k, v in net.state_dict().items()} | {f"reader/{k}": v for k, v in reader.state_dict().items()}
     save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in weights.items()})
-    if done.steps >= sizes["steps"]: resume.unlink()                      # finished: nothing to go on from
     return record
 
 def measure(record, net, reader, test, sizes):

@@ -53,12 +53,10 @@ def test_experiment_runs_offline_at_smoke(offline, tmp_path):
     assert module.read(reader, to_float(files.digits("test").images[:3])).shape == (3, 11)
 
 def test_stopped_by_the_clock_it_goes_on(offline, tmp_path):
-    config = Config("diffusion/digits", "smoke", 0, 1e-4, tmp_path)
-    early = module.digits(config)
-    assert early.config["steps"] < module.SIZES["smoke"]["steps"] and (tmp_path / f"{early.stem}.resume.safetensors").exists()
-    config.minutes = None
-    late = module.digits(config)
-    assert late.config["steps"] == module.SIZES["smoke"]["steps"] and not (tmp_path / f"{early.stem}.resume.safetensors").exists()
+    assert run("diffusion/digits", "smoke", minutes=1e-4, out=tmp_path) is None
+    assert not (tmp_path / "diffusion-digits-smoke-s0.json").exists() and list(tmp_path.glob("*.resume.safetensors"))
+    late = run("diffusion/digits", "smoke", out=tmp_path)
+    assert late.images == module.SIZES["smoke"]["steps"] * module.SIZES["smoke"]["batch"] and not list(tmp_path.glob("*resume*"))
 
 def test_a_record_is_shipped(): assert SHIPPED
 

@@ -10,7 +10,7 @@ __all__ = ['whole', 'Split', 'pair_order', 'FactorGrid', 'FactorData', 'images_p
 import math, time
 from typing import NamedTuple
 import numpy as np, torch
-from ..core import device as default_device, require, seed_everything
+from ..core import device as default_device, require, seed_everything, to_float
 
 # %% ../../nbs/data/10_factors.ipynb #58ea7986
 def whole(values, what):
@@ -178,6 +178,13 @@ class Reduced(FactorData):
         return torch.stack([v[f] for v, f in zip(self.values, factors.T)], 1)
 
     def render(self, factors): return self.table[(factors * self.weights).sum(1)]
+
+    def nearest(self, images, chunk=500):
+        "Which picture of the whole world is this? Factors (n, K) of the nearest one to each image (n, C, H, W), and its root mean square distance (n,), images in [-1, 1]."
+        require(tuple(images.shape[1:]) == tuple(self.shape), f"images (n, {', '.join(map(str, self.shape))})", tuple(images.shape), "resize them")
+        x, t = to_float(images).flatten(1), to_float(self.table).flatten(1)
+        squared, index = (torch.cat(parts) for parts in zip(*((t.square().sum(1) - 2 * a @ t.T).min(1) for a in x.split(chunk))))
+        return self.grid.factors(index), ((squared + x.square().sum(1)).clamp(min=0) / t.shape[1]).sqrt()
 
 # %% ../../nbs/data/10_factors.ipynb #ae357289
 def rotation(n, generator=None):

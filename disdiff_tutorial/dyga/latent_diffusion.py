@@ -128,10 +128,10 @@ class VQGAN(nn.Module):
         weight = adaptive_weight(plain, fooled, self.decoder[-1].weight) if self.training else 1.
         return plain + book + self.facts["gan"] * weight * fooled + hinge(self.critic(x), self.critic(y.detach()))
 
-    def fit(self, data, steps=2000, size=16, lr=1e-3, seed=0, checkpoint=None, progress=True):
-        "Train on uint8 images (n, C, H, W) or a `FactorData`; returns the `Fit`."
+    def fit(self, data, steps=2000, size=16, lr=1e-3, seed=0, **kind):
+        "Train on uint8 images (n, C, H, W) or a `FactorData`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
-        done = fit(self.loss, self, batches, steps=steps, lr={"": lr, "critic": lr / 2}, checkpoint=checkpoint, progress=progress)
+        done = fit(self.loss, self, batches, steps=steps, lr={"": lr, "critic": lr / 2}, **kind)
         with torch.no_grad(): self.spread.copy_(torch.cat([self.encoder(to_float(batches(10**6 + i)[0])) for i in range(8)]).std())
         return done
 
@@ -165,7 +165,7 @@ def vqgan_experiment(config):
     sizes, data = by_scale(config.scale, **VQ), rooms()
     seed_everything(config.seed)
     model = VQGAN(width=sizes["width"], size=sizes["size"]).to(data.device)
-    done = model.fit(data, sizes["steps"], seed=config.seed)
+    done = config.train("net", lambda **kind: model.fit(data, seed=config.seed, **kind), sizes["steps"])
     record = config.record(batch=16, lr=1e-3, **sizes)
     record.curves["loss"], record.images = done.curve, done.images
     x, _ = data.sample(sizes["images"], torch.Generator().manual_seed(config.seed))
@@ -257,14 +257,14 @@ class LatentDiffusion(nn.Module):
     def loss(self, x, *_):
         return dsm_loss(self.net, self.picture(x), self.sde, self.units(x), v_weight, middle_time)
 
-    def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, checkpoint=None, progress=True):
-        "Train on uint8 images (n, C, H, W) or a `FactorData`; anchors are selected on the units of `pool` images. Returns the `Fit`."
+    def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
+        "Train on uint8 images (n, C, H, W) or a `FactorData`; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
         def loss(x, *_):
             if self.every and self.steps and self.steps % self.every == 0: self.reselect(batches, pool // size)
             self.steps += 1
             return self.loss(x)
-        return fit(loss, self, batches, steps=steps, lr=lr, checkpoint=checkpoint, progress=progress)
+        return fit(loss, self, batches, steps=steps, lr=lr, **kind)
 
     @torch.no_grad()
     def reselect(self, batches, count):
@@ -294,7 +294,7 @@ def rooms_experiment(config, change=None, **how):
     seed_everything(config.seed)
     model = build(*(sizes[k] for k in ("width", "extractor", "units", "dim"))).to(data.device)
     if change: change(model, sizes)
-    done = model.fit(data, sizes["steps"], lr=2e-3, seed=config.seed, pool=sizes["pool"])
+    done = config.train("net", lambda **kind: model.fit(data, lr=2e-3, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
     record = config.record(lr=2e-3, batch=32, **sizes, **how)
     record.curves["loss"], record.images = done.curve, done.images
     note_scores(record, model.eval().encode, data, sizes["points"])

@@ -177,7 +177,7 @@ def skips_experiment(config):
     f, unseen = (data.grid.factors(part.to(data.device)) for part in (split.train, split.test[:sizes["held"]]))
     other = data.grid.sample(len(unseen), torch.Generator().manual_seed(100 * config.seed), among=split.test).to(data.device)
     x, conds = to_float(data.images(unseen)), {"right": tokens(unseen, data.grid), "wrong": tokens(other, data.grid), "null": None}
-    batches, part = Batches(data.images(f), tokens(f, data.grid), size=32, seed=config.seed), lambda name: config.out / f"{record.stem}.{name.replace(' ', '-')}.safetensors"
+    batches = Batches(data.images(f), tokens(f, data.grid), size=32, seed=config.seed)
     so_far = config.out / "parts" / f"{record.stem}.json"
     if so_far.exists(): record = Record.load(so_far)
     for name, (Dropout, how) in VARIANTS.items():
@@ -186,7 +186,7 @@ def skips_experiment(config):
         net = UNet(3, sizes["width"], (1, 2, 2), 1, cond_dim=batches.tensors[1].shape[-1], tokens=[0, 1], stem=2, sde=VPSDE()).to(data.device)
         loss = lambda x, cond: dsm_loss(net, to_float(x), net.sde, drop_cond(cond, net.null, .1), v_weight, middle_time)
         with Dropout(**how).attach(net):
-            done = fit(loss, net, batches, steps=sizes["steps"], lr=2e-3, checkpoint=part(name), every=200)
+            done = config.train(name, lambda **kind: fit(loss, net, batches, lr=2e-3, every=200, **kind), sizes["steps"])
             seed_everything(config.seed)
             hear(record, f"{name}, dropping", net.train(), x, conds, times)
         hear(record, name, net.eval(), x, conds, times)
@@ -194,6 +194,6 @@ def skips_experiment(config):
         if name in PROBED: look(record, name, net, data, split, unseen, other, sizes, times)
         for label in (name, f"{name}, dropping"):
             for key in conds: record.add(f"{label}, {key}", sum(v for _, v in record.curves[f"{label}: {key}"]) / len(times), len(unseen), "held-out combinations")
-        record.save(so_far.parent); part(name).unlink()
+        record.save(so_far.parent); config.resume(name).unlink()
     so_far.unlink()
     return record

@@ -83,10 +83,10 @@ class IVAE(nn.Module):
         "Take the mean and spread of notes u (n, aux), so that the prior encoder sees numbers around 0."
         self.shift.copy_(u.mean(0)); self.scale.copy_(u.std(0).clamp(min=1e-6))
 
-    def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, progress=True):
-        "Train on x (n, ...) and notes u (n, aux); returns the `Fit`."
+    def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
+        "Train on x (n, ...) and notes u (n, aux); `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         if self.aux: self.standardise(u)
-        return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, progress=progress)
+        return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, **kind)
 
 # %% ../../nbs/ivae/51_ivae.ipynb #d3310092
 ROTATION = dict(smoke=dict(seeds=2, steps=60, points=2000), cpu=dict(seeds=10, steps=3000, points=60_000))
@@ -101,13 +101,13 @@ def notes(z, kind):
     if kind == "normal": u = .01 + (1 / 12 - .01) * torch.rand_like(z); return u, (u.sqrt() * torch.randn_like(z)).clamp(-.5, .5)
     return u, z
 
-def rotated_score(seed, steps, points, aux, notes_="exact", hidden=(), mean=False, rec=30., kl=1., back=0.):
-    "Train on one rotation, judge on 5,000 fresh points with uniform factors: MCC (Pearson and Spearman), MIG with ten bins a factor, and seconds."
+def rotated_score(seed, steps, points, aux, notes_="exact", hidden=(), mean=False, rec=30., kl=1., back=0., train=lambda fit, steps: fit(steps=steps)):
+    "Train on one rotation, judge on 5,000 fresh points with uniform factors: MCC (Pearson and Spearman), MIG with ten bins a factor, and seconds. `train`: who calls `IVAE.fit`."
     seed_everything(seed)
     data = Rotated(3, seed, low=-.5, device="cpu")
     u, z = notes(data.sample(points, torch.Generator().manual_seed(seed))[1], notes_)
     model = IVAE(layers(3, *hidden, 6), layers(3, *hidden, 3), 3, aux, mean, rec, kl, back)
-    done = model.fit(z @ data.rotation.T, u, steps=steps, lr=1e-2 if not hidden else 5e-3, seed=seed, progress=False)
+    done = train(lambda **kind: model.fit(z @ data.rotation.T, u, lr=1e-2 if not hidden else 5e-3, seed=seed, progress=False, **kind), steps)
     x, z = data.sample(5000, torch.Generator().manual_seed(10_000 + seed))
     codes = model.encode(x)
     return mcc(codes, z), mcc(codes, z, kind="spearman"), mig(codes, (10 * (z + .5)).long().clamp(max=9)), done.seconds
@@ -116,14 +116,15 @@ def rotation_experiment(config):
     "VAE and iVAE on ten rotations with several kinds of notes, and a sweep of KL balancing: `Config` -> `Record`."
     sizes = by_scale(config.scale, **ROTATION)
     record, seeds = config.record(rec=30., lr=1e-2, **sizes), range(config.seed, config.seed + sizes["seeds"])
+    part = lambda *names: lambda fit, steps: config.train("-".join(map(str, names)), fit, steps)
     for name, how in KINDS.items():
         how = {"notes_" if k == "notes" else k: v for k, v in how.items()}
-        table = torch.tensor([rotated_score(s, sizes["steps"], sizes["points"], **how) for s in seeds])
+        table = torch.tensor([rotated_score(s, sizes["steps"], sizes["points"], train=part(name, s), **how) for s in seeds])
         record.curves[name] = [[s, v] for s, v in zip(seeds, table[:, 0].tolist())]
         for key, column in zip(("MCC", "Spearman MCC", "MIG", "seconds"), table.T): record.add(f"{key}, {name}", column.mean().item(), len(seeds), "mean over seeds, held-out")
     for kl in BALANCE:
         for back in (0., *BALANCE):
-            scores = [rotated_score(s, sizes["steps"] // 2, sizes["points"], 3, kl=kl, back=back)[0] for s in list(seeds)[:2]]
+            scores = [rotated_score(s, sizes["steps"] // 2, sizes["points"], 3, kl=kl, back=back, train=part(kl, back, s))[0] for s in list(seeds)[:2]]
             record.add(f"MCC, forward {kl:g}, backward {back:g}", sum(scores) / len(scores), len(scores), "mean over seeds, held-out")
     return record
 

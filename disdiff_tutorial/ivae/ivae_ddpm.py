@@ -44,11 +44,11 @@ class IVAEDDPM(nn.Module):
         z, rest = self.ivae.terms(x, u)
         return dsm_loss(self.net, to_float(x), self.sde, drop_cond(z, self.net.null, self.drop), weighting, time) + rest.mean()
 
-    def fit(self, x, u=None, steps=2000, size=32, lr=1e-3, seed=0, time=uniform_time, weighting=unit, progress=True):
-        "Train on images x (n, C, H, W) and notes u (n, aux) together; returns the `Fit`."
+    def fit(self, x, u=None, steps=2000, size=32, lr=1e-3, seed=0, time=uniform_time, weighting=unit, **kind):
+        "Train on images x (n, C, H, W) and notes u (n, aux) together; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the model for them")
         if self.ivae.aux: self.ivae.standardise(u)
-        return fit(lambda *batch: self.loss(*batch, time=time, weighting=weighting), self, Batches(*((x, u) if self.ivae.aux else (x,)), size=size, seed=seed), steps=steps, lr=lr, progress=progress)
+        return fit(lambda *batch: self.loss(*batch, time=time, weighting=weighting), self, Batches(*((x, u) if self.ivae.aux else (x,)), size=size, seed=seed), steps=steps, lr=lr, **kind)
 
     def sample(self, code, guidance=4., steps=20, x=None, generator=None, **kind):
         "Images (n, C, H, W) in [-1, 1] of codes (n, codes) by the diffusion model, guided by (10)."
@@ -80,7 +80,8 @@ def rooms_experiment(config, model="iVAE + DDPM"):
     factors = data.grid.factors(torch.arange(len(data.grid), device=data.device))
     u, aux = sample_variance(centred(factors, data.grid)), how.pop("aux", 4)
     net = build(data.shape, aux, sizes["width"], sizes["cnn"], **how).to(data.device)
-    done = net.fit(data.table, u, steps=sizes["steps"], size=32, lr=1e-3, seed=config.seed, **{k: how[k] for k in ("time", "weighting") if k in how})
+    times = {k: how[k] for k in ("time", "weighting") if k in how}
+    done = config.train("net", lambda **kind: net.fit(data.table, u, size=32, lr=1e-3, seed=config.seed, **times, **kind), sizes["steps"])
     record = config.record(model=model, lr=1e-3, batch=32, aux=aux, lambda_rec=how.get("rec", .1), lambda_KL=1e-4, **sizes)
     record.curves["loss"], record.images = done.curve, done.images
     for key, value in scores(net.eval().encode, data, sizes["points"], config.seed).items(): record.add(key, value, sizes["points"], "fresh draws of the training grid")

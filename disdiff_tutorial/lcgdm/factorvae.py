@@ -221,13 +221,13 @@ def contenders(shape, gamma=20.):
     return {"VAE": (vae, None), "beta-VAE": (lambda: BetaVAE(**same, beta=4.), None), "beta-TCVAE": (lambda: BetaTCVAE(**same, beta=6., n=6144), None),
             "FactorVAE": (factor, None), "VAE, dear first": (vae, dear_first), "FactorVAE, dear first": (factor, dear_first)}
 
-def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, progress=True, checkpoint=None):
-    "Train an autoencoder on `data` with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC. Returns the `Fit`."
+def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
+    "Train an autoencoder on `data` with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
     batches = data.batches(round(size / getattr(model, "share", 1)), seed)
     def at(step):
         if schedule: model.kl_weight, model.tc_weight = schedule(step / steps)
         return batches(step)
-    return fit(model.loss, model, at, steps=steps, lr={"": lr, "critic": critic_lr}, clip=math.inf, ema=0, progress=progress, checkpoint=checkpoint)
+    return fit(model.loss, model, at, steps=steps, lr={"": lr, "critic": critic_lr}, clip=math.inf, ema=0, **kind)
 
 @torch.no_grad()
 def judge(model, data, points, seed=0):
@@ -246,7 +246,7 @@ def squares_experiment(config):
     for name, (build, schedule) in contenders(data.shape).items():
         seed_everything(config.seed)
         model = build().to(data.device)
-        done = learn(model, data, sizes["steps"], sizes["size"], config.seed, schedule=schedule)
+        done = config.train(name, lambda steps, **kind: learn(model, data, steps, sizes["size"], config.seed, schedule=schedule, **kind), sizes["steps"])
         counts = {"FactorVAE score": min(sizes["points"], 1000), "TC": min(sizes["points"], 2000), "seconds": 1}
         for key, value in (judge(model.eval(), data, sizes["points"], config.seed) | {"seconds": done.seconds}).items():
             record.add(f"{key}, {name}", value, counts.get(key, sizes["points"]), "measured" if key == "seconds" else "fresh draws of the training grid")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPRITES', 'DSPRITES', 'LCGDM', 'squares32', 'inside', 'overlap', 'best_overlap', 'worlds', 'sprites_experiment',
-           'measure', 'draw_all', 'drawn_by_vae', 'judge_quality', 'load_lcgdm', 'read_factors', 'slopes', 'nll_bound']
+           'measure', 'draw_all', 'drawn_by_vae', 'load_lcgdm', 'slopes', 'nll_bound']
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #c9f01a15
-import math
+import math, time as clock
 from pathlib import Path
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ..diffusion.training import Batches, fit
 from ..diffusion.unet import UNet
 from .factorvae import FactorVAE, contenders, dear_first, kl_to_prior, learn, pack, squares, unpack
 from ..metrics.disentanglement import factorvae_score, mig
+from ..metrics.quality import note_quality
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #9e5d1710
 class LCGDM(nn.Module):
@@ -75,20 +76,23 @@ class LCGDM(nn.Module):
         cond = drop_cond(self.cond(self.draw_codes(images)), self.net.null, drop)
         return dsm_loss(self.net, to_float(images), self.sde, cond, weighting, time)
 
-    def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, progress=True):
+    def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, progress=True):
         """Stage 2 on `data`: uint8 images (n, C, H, W), or a `FactorData`. The first share `pretrain` of the steps sees no codes, the rest drops a share `drop` of them. Returns the two `Fit`s.
-        `checkpoint`: a path; two files with its name go on where a killed call stopped."""
+        `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`."""
         require(0 <= pretrain < 1, "a share pretrain from 0 to 1", pretrain, "the paper pretrains; 0.3 does")
         where = next(self.net.parameters()).device
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data.to(where), size=size, seed=seed)
         some = torch.cat([self.draw_codes(batches(10**6 + i)[0]) for i in range(max(1, 2048 // size))])
         self.mean.copy_(some.mean(0)); self.std.copy_(some.std(0).clamp(min=1e-3))
-        def stage(name, drop, steps, start):
+        def stage(name, drop, steps, start, minutes):
             if not steps: return None
             path = checkpoint and Path(f"{checkpoint}.{name}.safetensors")
-            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, progress=progress)
-        first = round(pretrain * steps)
-        return stage("pretrain", 1., first, 0), stage("finetune", drop, steps - first, first)
+            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress)
+        first, began = round(pretrain * steps), clock.monotonic()
+        one = stage("pretrain", 1., first, 0, minutes)
+        if one and one.steps < first: return one, None
+        left = minutes and max(minutes - (clock.monotonic() - began) / 60, 1e-9)
+        return one, stage("finetune", drop, steps - first, first, left)
 
     def sample(self, n, code=None, guidance=1., steps=20, x=None, generator=None, **kind):
         "Images (n, C, H, W) in [-1, 1] of codes `code` (n, d) or (d,), drawn from the prior if there are none; `x`: the noise to start from. `kind`: options of `sampling.sample`."
@@ -162,16 +166,14 @@ def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=Fals
     seed_everything(config.seed)
     data, small, vae, how = worlds(whole, gamma, dear)
     record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, batch=32, truncated=truncated, **sizes)
-    part = lambda name: config.out / f"{record.stem}.{name}"
-    first = learn(vae, small, sizes["vae_steps"], seed=config.seed, checkpoint=part("vae.safetensors"), **how)
+    first = config.train("vae", lambda steps, **kind: learn(vae, small, steps, seed=config.seed, **how, **kind), sizes["vae_steps"])
     model = LCGDM(vae, data.shape, vae.codes, shrink=1 if whole else 2, width=sizes["width"]).to(data.device)
     times = dict(time=soft_truncation(), weighting=unit) if truncated else {}
-    stages = model.fit(data, sizes["steps"], seed=config.seed, checkpoint=part("net"), **times)
+    stages = config.train("net", lambda **kind: model.fit(data, seed=config.seed, **times, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net, no code": stages[0].curve, "score net, with code": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     measure(record, model.eval(), data, sizes)
     model.save(config.out / f"{record.stem}.safetensors")
-    for name in ("vae.safetensors", "net.pretrain.safetensors", "net.finetune.safetensors"): part(name).unlink(missing_ok=True)
     return record
 
 @torch.no_grad()
@@ -189,7 +191,7 @@ def measure(record, model, data, sizes):
     for name, y in drawn.items():
         record.add(f"fit, {name}", best_overlap(y[few], table)[0].mean(), sizes["samples"], "generated")
         if "encoded" in name: record.add(f"obedience, {name}", overlap(inside(y), inside(x))[few].mean(), sizes["samples"], "generated")
-    if j := sizes["judged"]: judge_quality(record, {k: y[:j] for k, y in (drawn | {"other true pictures": other}).items()}, truth[:j])
+    if j := sizes["judged"]: note_quality(record, {k: y[:j] for k, y in (drawn | {"other true pictures": other}).items()}, truth[:j])
 
 def draw_all(model, z, p, generator, evaluations, size=500):
     "Samples of encoded codes z (n, d) and prior codes p (n, d) by the diffusion model, without a code, and by the autoencoder: a dict of images, uint8."
@@ -202,31 +204,17 @@ def drawn_by_vae(model, z):
     "What the autoencoder itself draws of codes z (n, d), at the size of the model's images, uint8."
     return to_uint8(F.interpolate(model.encoder.decode(z), size=model.shape[1:], mode="bilinear", align_corners=False))
 
-def judge_quality(record, drawn, truth):
-    "Note FID and KID of each set of drawn images to `truth`, or print that there is no Inception network at hand."
-    from disdiff_tutorial.metrics.quality import at_hand, features, fid, inception, kid
-    if not at_hand(): return print("no Inception network at hand: FID and KID are left out of the record; see disdiff_tutorial.metrics.quality")
-    network = inception()
-    seen = {name: features(y, network, show=False) for name, y in ({"truth": truth} | drawn).items()}
-    for name in drawn:
-        record.add(f"FID, {name}", fid(seen["truth"], seen[name]).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
-        record.add(f"KID x 1000, {name}", 1000 * kid(seen["truth"], seen[name], show=False).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
-
 def load_lcgdm(record):
     "The model of a record, on the device at hand."
     return LCGDM.load(record.file(".safetensors")).to(device())
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #e0797cb8
-def read_factors(images, data):
-    "The factors (n, K) of the picture of the whole grid of `data` (a `Reduced`) that is nearest to each of images (n, C, H, W), in squared error."
-    return data.grid.factors(torch.cdist(to_float(images).flatten(1), to_float(data.table).flatten(1)).argmin(1))
-
 def slopes(model, data, j, n=20, values=7, generator=None, **kind):
     "How far each factor moves, in shares of its range, per unit of number `j` of the code: slopes (K,) and the shares of the factors' variance within traversals that the lines explain (K,)."
     z, x = model.prior(n, generator), torch.randn(n, *model.shape, generator=generator)
     sweep = torch.linspace(-1.5, 1.5, values)
     drawn = [model.traverse(j, sweep, z[i], x[i:i + 1], **kind) for i in range(n)]
-    f = torch.stack([read_factors(y, data) for y in drawn]).double().cpu() / (torch.tensor(data.grid.sizes) - 1).clamp(min=1)
+    f = torch.stack([data.nearest(y)[0] for y in drawn]).double().cpu() / (torch.tensor(data.grid.sizes) - 1).clamp(min=1)
     f, t = f - f.mean(1, keepdim=True), (sweep - sweep.mean()).double()[None, :, None]
     slope = (f * t).sum((0, 1)) / (n * t.square().sum())
     return slope, 1 - (f - slope * t).square().sum((0, 1)) / f.square().sum((0, 1))            # nan for a factor that never moves

@@ -17,7 +17,8 @@ from ..diffusion.sde import VPSDE
 from ..diffusion.training import Batches, fit
 from ..diffusion.unet import TimeEmbedding
 from .factorvae import FactorVAE, kl_to_prior, learn
-from .latent_guidance import LCGDM, judge_quality, load_lcgdm
+from .latent_guidance import LCGDM, load_lcgdm
+from ..metrics.quality import note_quality
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #5b2662b0
 DIGITS = dict(
@@ -57,10 +58,10 @@ def digits_experiment(config, zeros=False):
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), hidden=(256, 256), gamma=20., width=128, depth=3, share=1 / 3).to(where)
     record = config.record(data=train.name, gamma=20., lr=2e-3, drop=.2, pretrain=.3, batch=32, zeros=zeros, **sizes)
-    first = learn(vae, Pictures(images), sizes["vae_steps"], seed=config.seed)
+    first = config.train("vae", lambda steps, **kind: learn(vae, Pictures(images), steps, seed=config.seed, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
     if zeros: model.net.null.requires_grad_(False).zero_()
-    stages = model.fit(images, sizes["steps"], drop=.2, seed=config.seed)
+    stages = config.train("net", lambda **kind: model.fit(images, drop=.2, seed=config.seed, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     scan(record, model.eval(), images, sizes)
@@ -99,10 +100,10 @@ class CodePrior(nn.Module):
         for block in self.blocks: h = h + block(torch.cat([h, temb], 1))
         return self.last(h)
 
-    def learn(self, codes, steps, size=512, progress=True):
-        "Fit codes (n, d), drawn anew from q(z | x) if `codes` is a function of the batch size."
+    def learn(self, codes, steps, size=512, **kind):
+        "Fit codes (n, d), drawn anew from q(z | x) if `codes` is a function of the batch size. `kind`: options of `diffusion.training.fit`."
         draw = codes if callable(codes) else lambda n: codes[torch.randint(len(codes), (n,), device=codes.device)]
-        return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=2e-3, progress=progress)
+        return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=2e-3, **kind)
 
     def draw(self, n, codes, generator=None, steps=50):
         "n codes (n, codes)."
@@ -142,11 +143,11 @@ def faces_experiment(config):
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), gamma=20., width=256, depth=3, share=1 / 3).to(where)
     record = config.record(data=name, gamma=20., lr=2e-3, drop=.1, pretrain=.3, batch=32, **sizes)
-    first = learn(vae, Pictures(train), sizes["vae_steps"], seed=config.seed, lr=5e-4)
+    first = config.train("vae", lambda steps, **kind: learn(vae, Pictures(train), steps, seed=config.seed, lr=5e-4, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
-    stages = model.fit(train, sizes["steps"], seed=config.seed)
+    stages = config.train("net", lambda **kind: model.fit(train, seed=config.seed, **kind), sizes["steps"])
     prior = CodePrior(model.codes).to(where)
-    prior.learn(lambda n: model.draw_codes(train[torch.randint(len(train), (n,), device=where)]), sizes["prior_steps"])
+    config.train("prior", lambda **kind: prior.learn(lambda n: model.draw_codes(train[torch.randint(len(train), (n,), device=where)]), **kind), sizes["prior_steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     compare(record, model.eval(), prior, train, test, sizes)
@@ -162,7 +163,7 @@ def compare(record, model, prior, train, test, sizes):
     if not n: return
     drawn = {k: torch.cat([to_uint8(model.sample(len(c), c, steps=sizes["evaluations"])) for c in z[:n].split(100)]) for k, z in sources.items()}
     drawn |= {"FactorVAE, encoded": to_uint8(model.encoder.decode(sources["encoded"][:n])), "other true pictures": train[torch.randperm(len(train))[:n].to(train.device)]}
-    judge_quality(record, drawn, test[:2 * n])
+    note_quality(record, drawn, test[:2 * n])
 
 def load_prior(record):
     "The learned prior over codes of a record."

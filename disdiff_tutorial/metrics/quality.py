@@ -6,7 +6,8 @@
 __all__ = ['RESIZE', 'URL', 'DOWNLOADED', 'KNOWN', 'GET', 'KIND', 'Reconstruction', 'reconstruction_error', 'root', 'gaussian',
            'frechet_distance', 'Statistics', 'check_features', 'statistics', 'frechet_to', 'resized', 'Network',
            'features', 'at_hand', 'download', 'inception', 'FID', 'agree', 'fid', 'save_statistics', 'load_statistics',
-           'fingerprint', 'reference', 'published', 'fid_bias', 'kernel', 'mmd', 'KID', 'subset_pairs', 'kid']
+           'fingerprint', 'reference', 'published', 'fid_bias', 'kernel', 'mmd', 'KID', 'subset_pairs', 'kid',
+           'note_quality']
 
 # %% ../../nbs/metrics/31_quality.ipynb #8744b529
 import hashlib, importlib.util, io, math, urllib.request, warnings
@@ -291,3 +292,13 @@ def kid(x, y, subsets=100, size=None, seed=0, show=True):
     require(subsets >= 1, "at least one subset", subsets, "choose more")
     scores = torch.tensor([mmd(x[a.to(x.device)], y[b.to(y.device)]) for a, b in progress_bar(subset_pairs(len(x), len(y), subsets, size, seed), show, desc="kid", delay=1)], dtype=torch.float64)
     return KID(scores.mean().item(), scores.std(correction=0).item(), subsets, size)
+
+# %% ../../nbs/metrics/31_quality.ipynb #bcebf2d6
+def note_quality(record, drawn, truth, network=None):
+    "Add to a `Record` FID and KID of each set in the dict `drawn`, images (n, C, H, W), to the true pictures `truth`. `network`: default Inception; where it is not at hand one line says so and nothing is noted."
+    if network is None and not at_hand(): return print("no Inception network at hand: FID and KID are left out of the record; see disdiff_tutorial.metrics.quality")
+    network = network or inception()
+    seen = {name: features(y, network, show=False) for name, y in ({"truth": truth} | drawn).items()}
+    for name in drawn:
+        record.add(f"FID, {name}", fid(seen["truth"], seen[name]).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
+        record.add(f"KID x 1000, {name}", 1000 * kid(seen["truth"], seen[name], show=False).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
