@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
 from ..data.factors import Reduced
 from ..data.sprites import Sprites
-from ..diffusion.training import fit
+from ..diffusion.training import Batches, fit
 from ..metrics.disentanglement import factorvae_score, mig
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #7c118167
@@ -222,8 +222,9 @@ def contenders(shape, gamma=20.):
             "FactorVAE": (factor, None), "VAE, dear first": (vae, dear_first), "FactorVAE, dear first": (factor, dear_first)}
 
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
-    "Train an autoencoder on `data` with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-    batches = data.batches(round(size / getattr(model, "share", 1)), seed)
+    "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+    many = round(size / getattr(model, "share", 1))
+    batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data, size=many, seed=seed)
     def at(step):
         if schedule: model.kl_weight, model.tc_weight = schedule(step / steps)
         return batches(step)
