@@ -93,7 +93,7 @@ def test_run_trains_once_then_loads(toys, capsys, monkeypatch):
     monkeypatch.setenv("RETRAIN", "1")
     assert runner.run("toy/answer", "smoke").scale == "smoke"
 
-@pytest.mark.parametrize("words,part", [(["run", "nothing/here"], "see `disdiff list`"), (["run", "toy/answer", "--minutes", "-1"], "minutes above 0"),
+@pytest.mark.parametrize("words,part", [(["run", "nothing/here"], "see `disdiff list`"), (["run"], "the name of an experiment or --plan FILE"), (["run", "--plan", "nowhere.toml"], "expected a plan file"), (["run", "toy/answer", "--minutes", "-1"], "minutes above 0"),
                                         (["data", "get", "nothing"], "a data set among"), (["data", "get"], "disdiff data list")])
 def test_command_line_errors(toys, capsys, words, part):
     with pytest.raises(SystemExit) as err: runner.main(words)
