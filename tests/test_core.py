@@ -126,7 +126,7 @@ def test_book_stops_at_a_failing_cell_and_goes_on_there(tmp_path, capsys, monkey
     book(nbs, **{"01_b": "1"})
     runner.run_notebooks(nbs, out)
     assert (tmp_path / "count").read_text() == "x"                          # the first was not run again
-    assert "00_a.html" in (out / "index.html").read_text() and "2 notebooks" in capsys.readouterr().out
+    assert "00_a.html" in (out / "times.html").read_text() and "2 notebooks" in capsys.readouterr().out
     runner.run_notebooks(nbs, out)
     assert (tmp_path / "count").read_text() == "xx"                         # all done: it starts over
 
