@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'COLOURS', 'STYLE', 'CSS', 'JS', 'SETTINGS', 'LIVE', 'figure', 'curve', 'hist', 'mosaic', 'grid',
-           'code_histograms', 'factor_scatter', 'embedding', 'traversal', 'png', 'Slider', 'slider', 'Latest',
-           'LivePicture', 'read_picture', 'controls', 'Explorer', 'explorer']
+           'code_histograms', 'factor_scatter', 'embedding', 'diagram', 'traversal', 'png', 'Slider', 'slider',
+           'Latest', 'LivePicture', 'read_picture', 'controls', 'Explorer', 'explorer']
 
 # %% ../nbs/01_show.ipynb #57942cc5
 import base64, hashlib, io, itertools, json, os, threading, time
@@ -16,7 +16,7 @@ from .core import atomic, require, to_uint8
 
 # %% ../nbs/01_show.ipynb #c462603d
 INK = "#7e7e7e"                                                       # text and axes
-COLOURS = ("#0f7fc0", "#d55e00", "#009e73", "#c4679c", "#b98500")     # data: blue, vermilion, green, purple, ochre (after Okabe and Ito)
+COLOURS = ("#0f7fc0", "#d55e00", "#009e73", "#c4679c", "#8c4cf0")     # data: blue, vermilion, green, purple (after Okabe and Ito), violet
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "savefig.transparent": True, "figure.dpi": 110,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
@@ -111,6 +111,18 @@ def embedding(codes, factors, names=None, method="pca", seed=0, cmap="cividis"):
     axes = figure(7, 2.4, 1, factors.shape[1], squeeze=False)[1][0]
     for k, ax in enumerate(axes): ax.scatter(*flat.T, c=factors[:, k].cpu(), s=3, cmap=cmap); ax.set(xticks=[], yticks=[], title=names[k] if names else f"factor {k}")
     return axes
+
+# %% ../nbs/01_show.ipynb #cf355b7b
+def diagram(nodes, arrows, size):
+    "Boxes and arrows: `nodes` {name: (x, y, words)}, `arrows` [(from, to, words)], `size` in inches. Returns the axes, on which more can be written."
+    _, ax = figure(*size); ax.axis("off"); ax.grid(False)
+    box = {name: ax.text(x, y, words, ha="center", va="center", fontsize=9, bbox=dict(boxstyle="round,pad=0.5", fc="none", ec=COLOURS[0])) for name, (x, y, words) in nodes.items()}
+    for a, b, words in arrows:
+        (x0, y0, _), (x1, y1, _) = nodes[a], nodes[b]
+        ax.annotate("", xy=(x1, y1), xytext=(x0, y0), arrowprops=dict(arrowstyle="->", color=INK, patchA=box[a].get_bbox_patch(), patchB=box[b].get_bbox_patch(), shrinkA=3, shrinkB=3))
+        if words: ax.text((x0 + x1) / 2, (y0 + y1) / 2, words, ha="center", va="bottom", fontsize=7, color=COLOURS[1])
+    xs, ys = zip(*[(x, y) for x, y, _ in nodes.values()]); ax.set(xlim=(min(xs) - .6, max(xs) + .6), ylim=(min(ys) - .5, max(ys) + .5))
+    return ax
 
 # %% ../nbs/01_show.ipynb #695b143c
 def traversal(decode, codes, values, dims=None):

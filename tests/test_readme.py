@@ -8,6 +8,10 @@ from disdiff_tutorial.data.scenes import rooms
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
+def test_headline_table_is_that_of_the_records():
+    from disdiff_tutorial.results.tables import headline
+    assert headline().strip() in TEXT
+
 def test_every_method_has_an_example(): assert all(any(name in b for b in BLOCKS) for name in ("fit(", "LCGDM(", "IVAEDDPM(", "LatentDiffusion(", "ComponentScore(", "mig("))
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: re.findall(r"import (\w+)", b)[-1])
