@@ -4,7 +4,7 @@ import torch
 from disdiff_tutorial.core import load_tensors
 from disdiff_tutorial.run import run
 
-KINDS = ["lcgdm/squares", "lcgdm/sprites", "lcgdm/digits", "lcgdm/faces", "ivae/rotation", "ivae/rooms", "dyga/vqgan", "dyga/rooms-both", "dyga/skips", "components/rooms"]
+KINDS = ["lcgdm/squares", "lcgdm/sprites", "lcgdm/digits", "lcgdm/faces", "ivae/rotation", "ivae/rooms", "dyga/vqgan", "dyga/rooms-both", "dyga/skips", "dyga/disdiff-both", "components/rooms"]
 
 @pytest.mark.parametrize("name", KINDS)
 def test_stopped_by_the_clock_it_goes_on(name, tmp_path, capsys):
