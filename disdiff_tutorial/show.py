@@ -199,7 +199,7 @@ def slider(frames, values=None, labels=None, joint=False, start=None):
     counts = (rows, steps) if joint else (steps,) * rows
     labels = [f"z{j}" for j in range(len(counts))] if labels is None else list(labels)
     values = [range(c) for c in counts] if values is None else values if joint or np.ndim(values) == 2 else [values] * rows
-    values = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in torch.as_tensor(v).tolist()] if not isinstance(v[0], str) else list(v) for v in values]
+    values = [[f"{round(v, 2) + 0.:.2f}" if isinstance(v, float) else str(v) for v in torch.as_tensor(v).tolist()] if not isinstance(v[0], str) else list(v) for v in values]     # + 0.: never "-0.00"
     found = f"{len(labels)} labels and {', '.join(str(len(v)) for v in values)} values"
     require(len(labels) == len(counts) and [len(v) for v in values] == list(counts), f"{len(counts)} labels and {', '.join(map(str, counts))} values", found, "give one label a slider, one value a step")
     starts = [c // 2 for c in counts] if start is None else start if joint else [start] * rows

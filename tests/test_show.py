@@ -34,7 +34,7 @@ def test_what_a_notebook_gets():
     bundle = s._repr_mimebundle_()
     assert bundle["text/html"] == s.html and base64.b64decode(bundle["image/png"]) == s.still and bundle["text/plain"].startswith("slider of z0, z1, 3 steps")
 
-@pytest.mark.parametrize("values, found", [(torch.linspace(-2, 2, 3), ["-2.00", "0.00", "2.00"]), (["a", "b", "c"], ["a", "b", "c"]), ([1, 2, 3], ["1", "2", "3"]), (None, ["0", "1", "2"])])
+@pytest.mark.parametrize("values, found", [(torch.linspace(-2, 2, 3), ["-2.00", "0.00", "2.00"]), ([-1., -1e-9, 1.], ["-1.00", "0.00", "1.00"]), (["a", "b", "c"], ["a", "b", "c"]), ([1, 2, 3], ["1", "2", "3"]), (None, ["0", "1", "2"])])
 def test_values_are_written(values, found):
     assert json.dumps(found)[1:-1] in show.slider(frames(2, 3, 1, 8, 8), values).html
 

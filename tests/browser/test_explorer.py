@@ -1,42 +1,19 @@
 "JupyterLab on this machine: the chapter with slider and explorer is run from the browser; a slider of the explorer is moved, a picture uploaded, two codes compared."
-import io, os, secrets, shutil, socket, subprocess, sys, time
-from urllib.request import urlopen
+import io, shutil, sys
+from pathlib import Path
 import pytest
+import lab
 
-TOKEN = secrets.token_hex(16)
-
-def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
-def lab(root_folder, tmp_path_factory, browser):
-    "The address of a JupyterLab in a folder of its own, with a copy of the chapter; it knows no settings of this user, and ends with the tests."
+def chapter(tmp_path_factory, browser):
+    "The address of a copy of the chapter in a JupyterLab, and its folder."
     pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: pip install 'disdiff-tutorial[notebooks]'")
     home = tmp_path_factory.mktemp("lab")
     work = home / "work"; work.mkdir()
-    shutil.copy(root_folder / "nbs" / "01_show.ipynb", work)
-    for name, text in {"notebook-extension/tracker": '{"windowingMode": "none"}', "apputils-extension/notification": '{"fetchNews": "false"}'}.items():   # every cell is in the page, seen or not; no news
-        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True); path.write_text(text)
-    env = os.environ | {f"JUPYTER{k}": str(home / v) for k, v in dict(_CONFIG_DIR="config", _RUNTIME_DIR="runtime", _DATA_DIR="data", LAB_SETTINGS_DIR="settings", LAB_WORKSPACES_DIR="spaces").items()}
-    port = free_port()
-    words = ["--no-browser", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={work}", "--LabApp.expose_app_in_browser=True"]
-    with open(home / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words] + ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0), stdout=log, stderr=log,
-                                  env=env | dict(IPYTHONDIR=str(home / "ipython"), OMP_NUM_THREADS="1", DISDIFF_SCALE="smoke"))
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(500):
-            try: urlopen(f"{address}/api/status?token={TOKEN}", timeout=2).close(); break
-            except OSError: time.sleep(.2); assert server.poll() is None, (home / "log").read_text()
-        yield f"{address}/lab/tree/01_show.ipynb?token={TOKEN}", work
-    finally:
-        server.terminate(); server.wait(20)
-
-@pytest.fixture(scope="module")
-def root_folder():
-    from pathlib import Path
-    return Path(__file__).resolve().parents[2]
+    shutil.copy(ROOT / "nbs" / "01_show.ipynb", work)
+    with lab.serve(work, home, sys.executable, OMP_NUM_THREADS="1", DISDIFF_SCALE="smoke") as address: yield address("01_show.ipynb"), work
 
 def disc_file(shift):
     "A disc as a PNG file of 96 x 64 pixels: larger than the model's, and not square."
@@ -46,18 +23,12 @@ def disc_file(shift):
     file = io.BytesIO(); Image.fromarray(((np.hypot(x - shift, y) < .5) * 200).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
 
-def run_all(page, address):
-    "Open the notebook, wait for its kernel, run all cells and wait until they are done."
-    page.set_viewport_size({"width": 1300, "height": 900})
-    page.goto(address)
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'")
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_function(r"() => /\[\d+\]/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).textContent)")
-
-def test_the_chapter_runs_and_its_sliders_and_explorer_obey(page, screen, lab):
-    address, work = lab
+def test_the_chapter_runs_and_its_sliders_and_explorer_obey(page, screen, chapter):
+    address, work = chapter
     page.set_default_timeout(150_000)
-    run_all(page, address)
+    lab.open_notebook(page, address)
+    lab.run_all(page)
+    page.wait_for_function(r"() => /\[\d+\]/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).textContent)")     # all cells are done
     slider, canvas = page.get_by_role("slider", name="brightness").first, page.locator(".disdiff-slider canvas").nth(1)
     before = canvas.evaluate("c => c.toDataURL()")
     slider.press("ArrowRight")                                                                     # the slider's script runs in a trusted notebook
