@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'require', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float', 'to_uint8',
            'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors',
-           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'Config', 'Unfinished']
+           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config', 'spent_on',
+           'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
 import contextlib, dataclasses, datetime, json, math, os, platform, random, subprocess, sys, tempfile, time
@@ -174,7 +175,9 @@ class Record:
     code: str = dataclasses.field(default_factory=code_version)
     libraries: dict = dataclasses.field(default_factory=libraries)
     created: str = dataclasses.field(default_factory=lambda: f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC")
-    folder: Path = dataclasses.field(default=None, compare=False, repr=False)  # where it was read from or written to; not stored
+    folder: Path = dataclasses.field(default=None, compare=False, repr=False)  # where it was read from or written to; this and the rest are not stored
+    looks: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)      # a name -> images (n, C, H, W), for the sheet of samples that `run` draws
+    waiting: list = dataclasses.field(default_factory=list, compare=False, repr=False)    # (tensors by name, facts) of scores that are judged later
 
     @property
     def stem(self):
@@ -186,10 +189,14 @@ class Record:
         require(math.isfinite(value), f"a finite value for {metric!r}", value, "look at the run before it is recorded")
         self.metrics[metric] = {"value": float(value), "n": int(n), "split": split}
 
+    def wait(self, judge, tensors, **facts):
+        "Leave scores to a later `disdiff judge`: the name of one of its judges, the tensors that it needs by name, and facts that JSON can hold."
+        self.waiting.append((tensors, dict(facts, judge=judge)))
+
     def save(self, folder):
         "Write `stem`.json into `folder`, whole or not at all; returns the path."
         self.folder = Path(folder)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("folder", "looks", "waiting")}
         path = self.folder / f"{self.stem}.json"
         with atomic(path) as tmp: tmp.write_text(json.dumps(fields, indent=1, allow_nan=False))
         return path
@@ -207,17 +214,25 @@ class Record:
         beside = self.folder / (self.stem + ending)
         return beside if beside.exists() else self.folder.parent / "models" / (self.stem + ending)
 
+# %% ../nbs/00_core.ipynb #6693ec75
+def judged_later():
+    "Whether scores that need scikit-learn are left to `disdiff judge`: it is not installed, or `DISDIFF_LATER` is set."
+    return os.environ.get("DISDIFF_LATER", "") not in ("", "0") or util.find_spec("sklearn") is None
+
 # %% ../nbs/00_core.ipynb #fca2e810
 @dataclasses.dataclass
 class Config:
-    "What an experiment is told: its name, the scale and seed, a limit in minutes (None: the scale's own), and the folder for what it makes."
+    """What an experiment is told: its name, the scale and seed, a limit in minutes (None: the scale's own), and the folder for what it makes.
+    `within`: minutes for each training, or a dict of them by part; one that is too slow takes fewer steps, so that it ends whole. `share`: of the scale's steps, the same for runs that are to be compared. `cut` notes what is shorter: part -> [steps taken, steps of the scale]."""
     name: str
     scale: str
     seed: int
     minutes: float | None
     out: Path
+    within: float | dict | None = None
+    share: float = 1.
 
-    def __post_init__(self): self.began = time.monotonic()
+    def __post_init__(self): self.began, self.cut = time.monotonic(), {}
 
     def record(self, **config):
         "A fresh record for this run, with the sizes that the experiment chose."
@@ -230,11 +245,27 @@ class Config:
     def train(self, part, fit, steps):
         """One training of the experiment: `fit(steps=, minutes=, checkpoint=)`, options of `diffusion.training.fit`, within the minutes that are left. Returns what `fit` does: a `Fit`, or a tuple of them.
         Raises `Unfinished` when the time is up; the same experiment in the same folder then goes on there."""
+        limit, whole = self.within.get(part) if isinstance(self.within, dict) else self.within, steps
+        steps = max(round(self.share * steps), 1)
+        if limit is not None: steps = self.affordable(part, fit, steps, limit)
+        if steps < whole: self.cut[part] = [steps, whole]
         left = None if self.minutes is None else max(self.minutes - (time.monotonic() - self.began) / 60, 1e-9)
         done = fit(steps=steps, minutes=left, checkpoint=self.resume(part))
-        taken = sum(f.steps for f in (done if type(done) is tuple else (done,)) if f)             # a Fit is a named tuple
+        taken, _ = spent_on(done)
         if taken < steps: raise Unfinished(f"{self.name}: time is up in {part!r}, after {taken:,} of {steps:,} steps")
         return done
+
+    def affordable(self, part, fit, steps, limit):
+        "As many of `steps` as fit into `limit` minutes. The training begins in earnest: a twentieth of the time to get going, a tenth to read its speed, while its learning rate is the same for any number of steps."
+        (before, early), (taken, seconds) = (spent_on(fit(steps=steps, minutes=limit / k, checkpoint=self.resume(part))) for k in (20, 10))
+        if taken >= steps: return steps
+        most = taken + int(max(60 * limit - seconds, 0.) * max(taken - before, 1) / max(seconds - early, 1e-9))
+        return max(min(most, steps), 1)
+
+def spent_on(done):
+    "Steps and seconds of a `Fit` or of a tuple of them, some of which may be None."
+    fits = [f for f in (done if type(done) is tuple else (done,)) if f]               # a Fit is a named tuple
+    return sum(f.steps for f in fits), sum(f.seconds for f in fits)
 
 class Unfinished(Exception):
     "The minutes of an experiment are over before its work is; what was done lies in checkpoints."

@@ -49,3 +49,16 @@ fit(lambda x: dsm_loss(net, x, sde), net, Batches(torch.randn(64, 1, 8, 8), size
 assert sample(net, sde, (2, 1, 8, 8), steps=3).isfinite().all()
 """)
     assert done.returncode == 0, done.stderr
+
+def test_a_plan_runs_comes_home_and_is_judged_here(bare, tmp_path):
+    "On the bare machine: records, sheets, weights and codes in one pack. Here, where scikit-learn is: the scores."
+    from disdiff_tutorial import run
+    (tmp_path / "plan.toml").write_text("".join(f"[[run]]\nname = '{name}'\nscale = 'smoke'\nwithin = 1\n" for name in ("ivae/rooms-ivae", "dyga/rooms-fsq", "components/rooms")))
+    done = python(bare, f"import torch; torch.set_num_threads(1)\nfrom disdiff_tutorial.run import main; main({['run', '--plan', f'{tmp_path}/plan.toml', '--minutes', '9', '--out', f'{tmp_path}/there', '--pack', f'{tmp_path}/home']})")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {p.name for p in run.unpack(tmp_path / "home", tmp_path / "here")}
+    assert {"dyga-rooms-fsq-smoke-s0.codes.safetensors", "ivae-rooms-ivae-smoke-s0.png", "components-rooms-smoke-s0.safetensors"} <= names and len(names) == 11, names
+    run.judge(tmp_path / "here")
+    record = run.Record.load(tmp_path / "here" / "dyga-rooms-fsq-smoke-s0.json")
+    assert "DCI disentanglement, hist" in record.metrics and "MIG" in record.metrics and "scikit-learn" not in record.libraries
+    assert set(run.Record.load(tmp_path / "here" / "ivae-rooms-ivae-smoke-s0.json").metrics) == {"Discrete MIG", "Spearman MCC", "Disentanglement", "Modularity"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG', 'Batches', 'walk', 'as_function', 'decay_at', 'rate', 'Alone', 'accelerator', 'average_over', 'spent', 'share',
-           'same_everywhere', 'start_together', 'as_module', 'rate_of', 'State', 'update', 'mean_loss', 'Fit', 'fit']
+           'same_everywhere', 'start_together', 'as_module', 'rate_of', 'State', 'descend', 'update', 'mean_loss',
+           'aside', 'captured', 'Recorded', 'recordable', 'Fit', 'fit']
 
 # %% ../../nbs/diffusion/23_training.ipynb #d3d0e83d
 import glob, os, time
@@ -177,9 +178,8 @@ class State:
         for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"): left.unlink(missing_ok=True)   # of a process killed while it wrote
 
 # %% ../../nbs/diffusion/23_training.ipynb #b5a1f7cc
-def update(state, loss, batch, rate, clip, ema, acc):
-    "One step of Adam at `rate` times the full rates on this process's share of the batch; returns the loss, a tensor without history, NaN if the gradient is not finite."
-    for group in state.optimiser.param_groups: group["lr"] = rate * group["full"]
+def descend(state, loss, batch, clip, acc):
+    "Loss, gradient, clipping and a step of Adam on this process's share of the batch; returns the loss, a tensor without history, NaN if the gradient is not finite."
     with torch.autocast("cuda", torch.bfloat16, enabled=state.trained[0].is_cuda): value = loss(*share(batch, acc))
     require(value.ndim == 0 and value.requires_grad, "a loss of one number that depends on parameters", f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}", "take the mean, detach nothing")
     state.optimiser.zero_grad()
@@ -190,9 +190,17 @@ def update(state, loss, batch, rate, clip, ema, acc):
         average_over(acc, [p.grad for p in state.trained])
     norm = nn.utils.clip_grad_norm_(state.trained, clip)
     state.optimiser.step()
+    return torch.where(norm.isfinite(), value.detach().float(), torch.nan)
+
+def update(state, loss, batch, rate, clip, ema, acc, step=descend):
+    "One `step` at `rate` times the full rates, and the average after it; returns the loss as `descend` does."
+    for group in state.optimiser.param_groups:
+        if isinstance(group["lr"], torch.Tensor): group["lr"].fill_(rate * group["full"])
+        else: group["lr"] = rate * group["full"]
+    value = step(state, loss, batch, clip, acc)
     state.step, state.images = state.step + 1, state.images + len(batch[0])
     with torch.no_grad(): torch._foreach_lerp_(state.average, state.trained, 1 - decay_at(state.step, ema))
-    return torch.where(norm.isfinite(), value.detach().float(), torch.nan)
+    return value
 
 # %% ../../nbs/diffusion/23_training.ipynb #c75a8cb3
 def mean_loss(losses, step):
@@ -204,6 +212,40 @@ def mean_loss(losses, step):
     return values.mean().item()
 
 # %% ../../nbs/diffusion/23_training.ipynb #66369604
+def aside(step):
+    "`step()` on a stream of its own, as recording wants it of the steps before."
+    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream): out = step()
+    main.wait_stream(stream)
+    return out
+
+def captured(step):
+    "What `step()` launches, recorded as a CUDA graph and not run: a function that launches it and returns the tensors that `step` returned, filled anew."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): out = step()
+    def play(): graph.replay(); return out
+    return play
+
+class Recorded:
+    "`descend` for steps that are all alike: three run as they are, the fourth is recorded, and replayed from then on with the numbers of each new batch, which must keep its shapes."
+    def __init__(self, state):
+        self.count, self.play = 0, None
+        for group in state.optimiser.param_groups: group.update(lr=torch.tensor(float(group["lr"]), device=state.trained[0].device), capturable=state.trained[0].is_cuda)
+
+    def __call__(self, state, loss, batch, clip, acc):
+        if self.count < 3: self.count += 1; return aside(lambda: descend(state, loss, batch, clip, acc))
+        if self.play is None:
+            self.batch = [x.clone() for x in batch]
+            self.play = captured(lambda: descend(state, loss, self.batch, clip, acc))
+        for mine, x in zip(self.batch, batch): mine.copy_(x)
+        return self.play().clone()
+
+def recordable(family, device):
+    "Whether steps of this `family` are recorded: on a GPU, by one process, and if `DISDIFF_GRAPHS`, names with commas between, has it."
+    return device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and family in os.environ.get("DISDIFF_GRAPHS", "").split(",")
+
+# %% ../../nbs/diffusion/23_training.ipynb #b68b1b7c
 class Fit(NamedTuple):
     "What `fit` returns: steps taken, seconds spent and images seen (resumed parts included), and the curve of [step, mean loss] pairs."
     steps: int
@@ -213,7 +255,7 @@ class Fit(NamedTuple):
 
 LOG = 25   # steps between two points of the curve; on a GPU also between two looks at the loss
 
-def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, clip=1., ema=0.999, checkpoint=None, every=1000, progress=True):
+def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, clip=1., ema=0.999, checkpoint=None, every=1000, progress=True, graph=None):
     """Minimise `loss(*batch)` over `params`, a Module (several: nn.ModuleList) or an iterable of parameters, by Adam. Returns a `Fit`.
 
     `batches`: a function step -> batch (a tensor or a tuple), or an iterable of batches that can be walked again. The budget is `steps`, or else `minutes`; the
@@ -221,7 +263,8 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
     `checkpoint`: a file, written at the start, every `every` steps and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
-    gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays."""
+    gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays.
+    `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
     state, acc = State(as_module(params), lr), accelerator()
@@ -231,13 +274,14 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     keep = checkpoint and acc.is_main_process
     if keep and not resume: state.save(checkpoint)                           # a folder that cannot be written says so now, not in an hour
     get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
+    step = Recorded(state) if recordable(graph, state.trained[0].device) else descend
     with progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
             seconds = time.perf_counter() - began
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
-            state.recent.append(update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc))
+            state.recent.append(update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step))
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
             if state.recent[-1].is_cuda and not (log or write): continue     # reading a loss would stall the GPU

@@ -86,7 +86,7 @@ class IVAE(nn.Module):
     def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
         "Train on x (n, ...) and notes u (n, aux); `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         if self.aux: self.standardise(u)
-        return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, **kind)
+        return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if type(self) is IVAE else None, **kind)
 
 # %% ../../nbs/ivae/51_ivae.ipynb #d3310092
 ROTATION = dict(smoke=dict(seeds=2, steps=60, points=2000), cpu=dict(seeds=10, steps=3000, points=60_000))

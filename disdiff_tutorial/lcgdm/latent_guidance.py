@@ -23,7 +23,7 @@ from ..diffusion.training import Batches, fit
 from ..diffusion.unet import UNet
 from .factorvae import FactorVAE, contenders, dear_first, kl_to_prior, learn, pack, squares, unpack
 from ..metrics.disentanglement import factorvae_score, mig
-from ..metrics.quality import note_quality
+from ..metrics.quality import at_hand, note_quality
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #9e5d1710
 class LCGDM(nn.Module):
@@ -87,7 +87,7 @@ class LCGDM(nn.Module):
         def stage(name, drop, steps, start, minutes):
             if not steps: return None
             path = checkpoint and Path(f"{checkpoint}.{name}.safetensors")
-            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress)
+            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress, graph="guidance" if time is middle_time else None)
         first, began = round(pretrain * steps), clock.monotonic()
         one = stage("pretrain", 1., first, 0, minutes)
         if one and one.steps < first: return one, None
@@ -149,10 +149,11 @@ def best_overlap(images, table):
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #51052356
 SPRITES = dict(
     smoke=dict(vae_steps=30, steps=20, width=16, points=300, samples=16, evaluations=4, judged=0),
-    cpu=dict(vae_steps=12_000, steps=3000, width=32, points=10_000, samples=500, evaluations=20, judged=500))
+    cpu=dict(vae_steps=12_000, steps=3000, width=32, points=10_000, samples=500, evaluations=20, judged=500),
+    gpu=dict(vae_steps=24_000, steps=10_000, width=64, batch=256, points=10_000, samples=2000, evaluations=20, judged=10_000))
 DSPRITES = dict(
     smoke=dict(vae_steps=2, steps=2, width=16, points=100, samples=4, evaluations=2, judged=0),
-    gpu=dict(vae_steps=100_000, steps=20_000, width=64, points=10_000, samples=2000, evaluations=20, judged=50_000))
+    gpu=dict(vae_steps=100_000, steps=20_000, width=64, batch=256, points=10_000, samples=2000, evaluations=20, judged=50_000))
 
 def worlds(whole, gamma, dear):
     "What the U-Net draws, what the encoder sees, an autoencoder for it and how to train it: the squares, or the `whole` of dSprites with the published networks and rates."
@@ -165,11 +166,11 @@ def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=Fals
     sizes = by_scale(config.scale, **(DSPRITES if whole else SPRITES))
     seed_everything(config.seed)
     data, small, vae, how = worlds(whole, gamma, dear)
-    record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, batch=32, truncated=truncated, **sizes)
+    record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, truncated=truncated, **{"batch": 32} | sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, small, steps, seed=config.seed, **how, **kind), sizes["vae_steps"])
     model = LCGDM(vae, data.shape, vae.codes, shrink=1 if whole else 2, width=sizes["width"]).to(data.device)
     times = dict(time=soft_truncation(), weighting=unit) if truncated else {}
-    stages = config.train("net", lambda **kind: model.fit(data, seed=config.seed, **times, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(data, size=sizes.get("batch", 32), seed=config.seed, **times, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net, no code": stages[0].curve, "score net, with code": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     measure(record, model.eval(), data, sizes)
@@ -182,12 +183,12 @@ def measure(record, model, data, sizes):
     x, f = data.sample(sizes["points"], torch.Generator().manual_seed(record.seed))
     record.add("MIG", mig(model.encode(x), f), len(x), "fresh draws of the training grid")
     record.add("FactorVAE score", factorvae_score(model.encode, data, votes=(2000, 1000), points=len(x), seed=record.seed, progress=False).score, 1000, "fresh votes")
-    n = max(sizes["samples"], sizes["judged"])
+    n = max(sizes["samples"], sizes["judged"] if at_hand() else 0)
     g = torch.Generator().manual_seed(record.seed)
     x, other, truth = (data.sample(n, g)[0] for _ in range(3))
     table = getattr(data, "table", other)                             # all pictures of the world, or a part of it where they are too many
     drawn = draw_all(model, model.draw_codes(x), model.prior(n, g), g, sizes["evaluations"])
-    few = slice(sizes["samples"])
+    few, record.looks = slice(sizes["samples"]), {"true": x[:16]} | {name: y[:16] for name, y in drawn.items()}
     for name, y in drawn.items():
         record.add(f"fit, {name}", best_overlap(y[few], table)[0].mean(), sizes["samples"], "generated")
         if "encoded" in name: record.add(f"obedience, {name}", overlap(inside(y), inside(x))[few].mean(), sizes["samples"], "generated")

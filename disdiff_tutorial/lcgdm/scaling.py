@@ -23,7 +23,8 @@ from ..metrics.quality import note_quality
 # %% ../../nbs/lcgdm/42_scaling.ipynb #5b2662b0
 DIGITS = dict(
     smoke=dict(vae_steps=20, steps=15, width=16, samples=8, evaluations=4, scales=[0., 3.]),
-    cpu=dict(vae_steps=5000, steps=3500, width=32, samples=50, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]))
+    cpu=dict(vae_steps=5000, steps=3500, width=32, samples=50, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]),
+    gpu=dict(vae_steps=30_000, steps=15_000, width=64, batch=256, samples=1000, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]))
 ASKED = (-2., -1., 0., 1., 2.)      # values that a number of the code is set to
 
 def spread(images):
@@ -57,14 +58,16 @@ def digits_experiment(config, zeros=False):
     images = train.images.to(where)
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), hidden=(256, 256), gamma=20., width=128, depth=3, share=1 / 3).to(where)
-    record = config.record(data=train.name, gamma=20., lr=2e-3, drop=.2, pretrain=.3, batch=32, zeros=zeros, **sizes)
+    record = config.record(data=train.name, gamma=20., lr=2e-3, drop=.2, pretrain=.3, zeros=zeros, **{"batch": 32} | sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, images, steps, seed=config.seed, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
     if zeros: model.net.null.requires_grad_(False).zero_()
-    stages = config.train("net", lambda **kind: model.fit(images, drop=.2, seed=config.seed, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(images, size=sizes.get("batch", 32), drop=.2, seed=config.seed, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     scan(record, model.eval(), images, sizes)
+    g = torch.Generator().manual_seed(config.seed)
+    record.looks = {f"lambda = {lam:g}": to_uint8(model.sample(16, generator=g, guidance=1 + lam, steps=sizes["evaluations"])) for lam in sizes["scales"]}
     model.save(config.out / f"{record.stem}.safetensors")
     return record
 
@@ -108,11 +111,12 @@ class CodePrior(nn.Module):
 FACES = dict(
     smoke=dict(vae_steps=15, steps=10, prior_steps=10, width=16, samples=8, judged=0, evaluations=4),
     cpu=dict(vae_steps=1500, steps=1500, prior_steps=2000, width=32, samples=400, judged=200, evaluations=20),
-    long=dict(vae_steps=4000, steps=5000, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25))
+    long=dict(vae_steps=4000, steps=5000, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25),
+    gpu=dict(vae_steps=30_000, steps=15_000, prior_steps=10_000, width=64, batch=256, side=64, samples=10_000, judged=1300, evaluations=25))
 
-def faces():
-    "LFW at 32 x 32 and its name; where it is not on disk, one printed line and 2,000 rendered scenes stand in."
-    shrink = lambda x: nn.functional.avg_pool2d(x.float(), 2).round().to(torch.uint8)
+def faces(side=32):
+    "LFW at 32 x 32, or at a `side` of 64, and its name; where it is not on disk, one printed line and 2,000 rendered scenes stand in."
+    shrink = lambda x: nn.functional.avg_pool2d(x.float(), 64 // side).round().to(torch.uint8)
     try: return shrink(files.load("lfw").images[:]), "lfw"
     except files.Unavailable: print("LFW is not on disk; rendered scenes stand in (load('lfw') says how to get it)")
     from disdiff_tutorial.data.scenes import Scenes
@@ -133,14 +137,14 @@ def code_sources(model, prior, images, n, seed=0):
 def faces_experiment(config):
     "FactorVAE, LCG-DM and a learned prior over codes on faces; the gap between prior and encoded codes: `Config` -> `Record`, models beside it."
     sizes, where = by_scale(config.scale, **FACES), device()
-    images, name = faces(); images = images.to(where)
+    images, name = faces(sizes.get("side", 32)); images = images.to(where)
     test, train = images[::10], images[torch.arange(len(images)) % 10 > 0]
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), gamma=20., width=256, depth=3, share=1 / 3).to(where)
-    record = config.record(data=name, gamma=20., lr=2e-3, drop=.1, pretrain=.3, batch=32, **sizes)
+    record = config.record(data=name, gamma=20., lr=2e-3, drop=.1, pretrain=.3, **{"batch": 32} | sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, train, steps, seed=config.seed, lr=5e-4, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
-    stages = config.train("net", lambda **kind: model.fit(train, seed=config.seed, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(train, size=sizes.get("batch", 32), seed=config.seed, **kind), sizes["steps"])
     prior = CodePrior(model.codes).to(where)
     config.train("prior", lambda **kind: prior.learn(lambda n: model.draw_codes(train[torch.randint(len(train), (n,), device=where)]), **kind), sizes["prior_steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
@@ -157,6 +161,7 @@ def compare(record, model, prior, train, test, sizes):
     for name, z in sources.items(): record.add(f"moment gap, {name}", moment_gap(z), len(z), "codes")
     if not n: return
     drawn = {k: torch.cat([to_uint8(model.sample(len(c), c, steps=sizes["evaluations"])) for c in z[:n].split(100)]) for k, z in sources.items()}
+    record.looks = {"true": test[:16]} | {k: y[:16] for k, y in drawn.items()}
     drawn |= {"FactorVAE, encoded": to_uint8(model.encoder.decode(sources["encoded"][:n])), "other true pictures": train[torch.randperm(len(train))[:n].to(train.device)]}
     note_quality(record, drawn, test[:2 * n])
 

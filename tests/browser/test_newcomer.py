@@ -24,6 +24,6 @@ def test_newcomer(request, page, screen, tmp_path):
         slider.press("ArrowRight")
         assert canvas.evaluate("c => c.toDataURL()") != before
         lap("move a slider")
-    screen(page, "newcomer")
+        screen(page, "newcomer")
     print("  ".join(f"{name} {s:.0f} s" for name, s in took.items()), f"  all {sum(took.values()):.0f} s on {os.cpu_count()} cores")
     assert sum(took.values()) < 600

@@ -1,0 +1,79 @@
+"The networks, data and files of scale `gpu`, on a CPU: two steps on batches of two, then everything that follows training; and the plans of data/plans."
+import importlib, json, subprocess, sys
+import pytest
+import torch
+from disdiff_tutorial import core, run as runner
+from disdiff_tutorial.core import Record, checkout
+
+FEW = dict(batch=2, size=2, frozen=2, steps=2, vae_steps=2, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=4, judged=0, evaluations=2)
+MODULES = ["digits", "lcgdm.factorvae", "lcgdm.latent_guidance", "lcgdm.scaling", "ivae.ivae_ddpm", "dyga.latent_diffusion", "dyga.skip_dropout", "dyga.disdiff", "components.decomposition"]
+NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
+         "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/digits"]
+SIZES = {}                                                             # what was asked for at gpu, before it was cut
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    "Sizes of `gpu` with networks whole and all counts small; no data sets on disk; scores that need scikit-learn wait."
+    def by_scale(at=None, **values):
+        sizes = core.by_scale(at, **values)
+        if not isinstance(sizes, dict): return sizes
+        SIZES.update(sizes)
+        few = {k: FEW[k] for k in sizes if k in FEW and not (k == "size" and "images" in sizes)} | ({"points": 8} if "encoder" in sizes else {})
+        return sizes | few | ({"few": True} if "hidden" in sizes else {})                 # not the codes of 480,000 pictures
+    for name in MODULES: monkeypatch.setattr(importlib.import_module(f"disdiff_tutorial.{name}"), "by_scale", by_scale)
+    monkeypatch.setenv("DISDIFF_DATA", str(tmp_path / "data")); monkeypatch.setenv("DISDIFF_LATER", "1")
+    SIZES.clear()
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_and_data_of_gpu_fit(name, small, tmp_path):
+    record = runner.run(name, "gpu", out=tmp_path)
+    assert SIZES and (record.metrics or record.waiting) and record.scale == "gpu"
+    for path in tmp_path.glob("*.safetensors"):
+        if ".codes." not in path.name: assert path.stat().st_size < 13e6, path.stat().st_size      # to ship, and to come back from a lent machine
+    assert name in ("lcgdm/autoencoders", "lcgdm/faces", "dyga/skips") or (tmp_path / f"{record.stem}.png").read_bytes().startswith(b"\x89PNG")
+
+def test_codes_wait_and_are_judged_alike(tmp_path, monkeypatch):
+    "Scores that waited are those that are taken at once."
+    for name in ("dyga/rooms-dyga", "ivae/rooms-ivae"):
+        now = runner.run(name, "smoke", out=tmp_path / "now")
+        monkeypatch.setenv("DISDIFF_LATER", "1"); later = runner.run(name, "smoke", out=tmp_path / "later"); monkeypatch.delenv("DISDIFF_LATER")
+        assert len(later.metrics) < len(now.metrics) and (tmp_path / "later" / f"{now.stem}.codes.safetensors").exists()
+    runner.judge(tmp_path / "later")
+    for path in (tmp_path / "now").glob("*.json"): assert Record.load(path).metrics == Record.load(tmp_path / "later" / path.name).metrics
+    assert not list((tmp_path / "later").glob("*.codes.*"))
+
+@pytest.mark.parametrize("path", sorted((checkout() / "data" / "plans").glob("*.toml")), ids=lambda p: p.stem)
+def test_plans_are_plans(path):
+    entries = runner.read_plan(path)
+    assert all(e["scale"] == "gpu" and e["within"] for e in entries)
+    stems = [Record(e["name"], "gpu", e.get("seed", 0)).stem for e in entries]
+    assert len(set(stems)) == len(stems) and (path.stem != "first" or sum(map(runner.planned, entries)) <= 8.2)
+    parts = {"lcgdm/dsprites": {"vae", "net"}, "lcgdm/faces": {"vae", "net", "prior"}, "lcgdm/digits": {"vae", "net"}, "dyga/disdiff-both": {"frozen", "units"}}
+    assert all(set(e["within"]) == parts[e["name"].removesuffix("-10").removesuffix("-0")] for e in entries if isinstance(e["within"], dict))
+
+def test_first_plan_runs_at_smoke_and_comes_home(tmp_path):
+    plan = (checkout() / "data" / "plans" / "first.toml").read_text().replace('scale = "gpu"', 'scale = "smoke"')
+    (tmp_path / "plan.toml").write_text(plan)
+    runner.main(["run", "--plan", str(tmp_path / "plan.toml"), "--minutes", "9", "--out", str(tmp_path / "there"), "--pack", str(tmp_path / "home")])
+    pieces = list((tmp_path / "home").iterdir())
+    assert len(pieces) <= 8 and all(p.stat().st_size < 16e6 for p in pieces)
+    runner.main(["unpack", str(tmp_path / "home"), "--out", str(tmp_path / "here")])
+    stems = {p.stem for p in (tmp_path / "here").glob("*.json")}
+    assert len(stems) == 4 and all((tmp_path / "here" / f"{s}{e}").exists() for s in stems for e in (".png", ".safetensors"))
+
+def test_recorded_steps_train_alike(monkeypatch):
+    "FactorVAE with a schedule, its steps recorded or not (a CPU records nothing, so replays are pretended): the same weights."
+    from disdiff_tutorial.diffusion import training
+    from disdiff_tutorial.lcgdm import factorvae
+    x, weights = torch.randint(0, 2, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) * 255, []
+    for recorded in (False, True):
+        for module in (training, factorvae): monkeypatch.setattr(module, "recordable", lambda *a: recorded)
+        monkeypatch.setattr(training, "aside", lambda step: step()); monkeypatch.setattr(training, "captured", lambda step: step)
+        core.seed_everything(0); model = factorvae.FactorVAE((1, 16, 16), hidden=(32,), width=32, depth=2)
+        factorvae.learn(model, x, 30, size=16, schedule=factorvae.dear_first, progress=False)
+        weights.append(torch.cat([p.flatten() for p in model.parameters()])); assert (model.kl_weight, model.tc_weight) == pytest.approx((1., 1.), abs=.3)
+    assert torch.allclose(*weights, atol=1e-5)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_families_are_rehearsed():
+    assert set(runner.rehearse()) <= set(runner.FAMILIES)
