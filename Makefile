@@ -36,11 +36,11 @@ text: .venv/dev
 
 notebooks: .venv/dev
 	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; mkdir -p $$(dirname $$nb); $(BIN)/jupytext --quiet --to ipynb --update -o $${nb%.py}.ipynb $$py; done
-	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python .ci/readme.py
+	@$(BIN)/python .ci/badges.py && $(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python .ci/readme.py
 
-outputs: .venv/dev tutorial   # the outputs of a whole pass into the notebooks themselves, before they are committed
+outputs: .venv/dev tutorial   # the outputs of a whole pass into the notebooks themselves, before they are committed, and what it cost
 	@for nb in $(BOOK); do cp _run/$${nb#nbs/} $$nb; done
-	@$(BIN)/nbdev_clean
+	@cp _run/records/book-*.json data/records && $(BIN)/nbdev_clean && $(BIN)/python .ci/badges.py
 
 docs: .venv/dev
 	@command -v quarto >/dev/null || { echo "expected Quarto 1.7 or later, found none: get it from https://quarto.org/docs/get-started"; exit 1; }

@@ -223,7 +223,7 @@ def judged_later():
 @dataclasses.dataclass
 class Config:
     """What an experiment is told: its name, the scale and seed, a limit in minutes (None: the scale's own), and the folder for what it makes.
-    `within`: minutes for each training, or a dict of them by part; one that is too slow takes fewer steps, so that it ends whole. `share`: of the scale's steps, the same for runs that are to be compared. `cut` notes what is shorter: part -> [steps taken, steps of the scale]."""
+    `within`: minutes for each training, or a dict of them by part; one that is too slow takes fewer steps, so that it ends whole. `share`: of the scale's steps, the same for runs that are to be compared. `cut` notes what is shorter: part -> [steps taken, steps of the scale]. `change`: sizes in place of the scale's."""
     name: str
     scale: str
     seed: int
@@ -231,8 +231,15 @@ class Config:
     out: Path
     within: float | dict | None = None
     share: float = 1.
+    change: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self): self.began, self.cut = time.monotonic(), {}
+
+    def sizes(self, **sizes):
+        "The sizes of this scale, as `by_scale` chooses them, with those of `change` in their place; one line for a size that the experiment has not."
+        chosen = by_scale(self.scale, **sizes)
+        require(set(self.change) <= set(chosen), f"sizes among {', '.join(chosen)}", ", ".join(self.change), "see the experiment's chapter")
+        return chosen | self.change
 
     def record(self, **config):
         "A fresh record for this run, with the sizes that the experiment chose."

@@ -88,7 +88,7 @@ def one_hot(labels):
 def digits(config):
     "Train on MNIST (or scikit-learn's digits), sample, and let the reader judge: `Config` -> `Record`, with weights of net and reader beside it."
     seed_everything(config.seed)
-    sizes, where = by_scale(config.scale, **SIZES), device()
+    sizes, where = config.sizes(**SIZES), device()
     train, test = splits()
     images, labels = train.images.to(where), train.labels.to(where)
     reader = train_reader(images, labels, sizes["reader_steps"])

@@ -102,19 +102,19 @@ def describe(record, verb):
     return f"{verb} {record.name}: scale {record.scale}, seed {record.seed}, {record.seconds:.0f} s on {record.device}; {metrics}"
 
 # %% ../nbs/02_run.ipynb #35105518
-def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=None, share=1.):
+def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
     """The record of experiment `name`: the best at hand, or a new one. Prints one line that says which.
 
     Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
-    What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps."""
+    What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; give such a run a folder of its own."""
     experiment, at = known(name), scale_ or scale()
     require(at in SCALES, f"a scale among {', '.join(SCALES)}", repr(at), "choose one of these")
     require(minutes is None or minutes > 0, "minutes above 0", minutes, "give more")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
     if not (retrain or out) and (found := records(name)):
         print(describe(found[0], "loaded")); return found[0]
-    config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share)
+    config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share, change or {})
     if torch.cuda.is_available(): torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
     try: record = experiment(config)
     except Unfinished as stop: note_time(config); print(f"unfinished {stop}; the same call goes on"); return None
@@ -459,6 +459,10 @@ def parser():
     p.set_defaults(do=run_command)
     p = add("unpack", help="put the pieces of a packed plan together"); p.add_argument("folder", type=Path); p.add_argument("--out", type=Path, default=None, help="folder for what they hold (default: _run/records)")
     p.set_defaults(do=lambda args: print(*(short(p) for p in unpack(args.folder, args.out)), sep="\n"))
+    p = add("sweep", help="search the sizes of an experiment, alone or together with other machines"); p.add_argument("name"); p.add_argument("--scale", choices=SCALES)
+    p.add_argument("--space", nargs="+", required=True, metavar="SIZE", help="size=low:high, size=low:high:log or size=a,b,c"); p.add_argument("--metric", required=True); p.add_argument("--low", action="store_true", help="the lowest is best")
+    p.add_argument("--trials", type=int, default=20, help="in all, those of others included"); p.add_argument("--seeds", type=int, nargs="+", default=[0]); p.add_argument("--out", type=Path, required=True, help="folder of the journal, which may be shared")
+    p.set_defaults(do=lambda args: importlib.import_module("disdiff_tutorial.sweep").command(args))                    # it stands above this module
     p = add("judge", help="add the scores that were left for later, where scikit-learn is"); p.add_argument("--out", type=Path, default=None, help="folder of the records (default: _run/records)")
     p.set_defaults(do=lambda args: judge(args.out))
     add("list", help="experiments and the best record of each").set_defaults(do=list_experiments)

@@ -344,6 +344,21 @@ def test_the_threshold_is_absolute_by_default():
     assert m.factorvae_score(lambda x: 0 * read(x), Plain(3, 3), votes=(20, 10), points=50, progress=False).score == 0
 
 
+@pytest.mark.parametrize("scale, relative", [(2e19, False), (1e30, False), (1e-24, True)])
+def test_votes_do_not_overflow_float32(scale, relative):
+    "The squares of these codes do not fit into float32."
+    z, f, *_ = perfect(800); z = (z * scale).float()
+    assert m.factorvae_pooled(z, f, votes=(300, 200), relative=relative).score == m.factorvae_pooled(z.double(), f, votes=(300, 200), relative=relative).score == 1
+    assert m.factorvae_score(lambda x: read(x) * scale, Plain(4, 3, 5), votes=(200, 100), points=500, relative=relative, progress=False).score == 1
+
+
+def test_pooled_votes_on_values_that_only_the_test_rows_have():
+    "A held group shares one value, whether the first table knew it or not."
+    z, f, zt, ft = perfect(800)
+    for moved in (ft + torch.tensor([10, 0, 0]), ft + 10):
+        assert m.factorvae_pooled(z, f, zt, moved, votes=(300, 200)).score == m.factorvae_pooled(z, f, zt, ft, votes=(300, 200)).score == 1
+
+
 def test_a_majority_is_judged_on_other_votes():
     votes, test = torch.tensor([[9, 1], [4, 6]]), torch.tensor([[3, 7], [0, 10]])
     assert m.elect(votes, test) == [15 / 20, 13 / 20]
@@ -565,6 +580,23 @@ def test_bootstrap_interval():
     assert m.bootstrap([2., 2., 2.]) == (2., 2., 2.) and m.bootstrap(v, seed=1) == m.bootstrap(v, seed=1)
 
 
+@pytest.mark.parametrize("view", [lambda a: a[::-1][::-1], lambda a: a[::-1].copy()[::-1], lambda a: a.astype(a.dtype.newbyteorder(">")), lambda a: np.asfortranarray(a), lambda a: a.tolist(), lambda a: np.stack([a, a], 1)[:, 0]],
+                         ids=["forth and back", "reversed", "big endian", "by columns", "lists", "strided"])
+def test_any_view_of_an_array_will_do(view):
+    four = [t[:200] for t in case(dead=False)]; views = [view(t.numpy()) for t in four]
+    for score in (lambda z, f, *_: m.mig(z, f), m.sap, m.explicitness, lambda *t: m.factorvae_pooled(*t, votes=(50, 50)).score, lambda z, f, *_: m.infomec(z, f)[:3], lambda z, f, *t: m.mcc(z, f, "spearman", *t),
+                  lambda z, f, *_: m.irs(z, f).score, lambda z, *_: m.udr([z, z], kind="spearman").scores.tolist(), lambda z, *_: m.unit_codes(np.asarray(z)[:, None]).tolist()):
+        assert score(*views) == score(*four)
+
+
+def test_sap_falls_with_the_distance_of_the_codes_from_0():
+    "The reference's penalty on the offset, as the docstring says; the reference itself, solved to the end, does the same."
+    z, f, zt, ft = [t[:300] for t in perfect(300)]
+    reference = lambda off: plain_gap(np.array([[(LinearSVC(C=.01, class_weight="balanced", tol=1e-9, max_iter=10**6, dual=False).fit(z[:, [j]] + off, f[:, k]).predict(zt[:, [j]] + off) == ft[:, k].numpy()).mean() for k in range(3)] for j in range(3)])).mean()
+    found = [m.sap(z + off, f, zt + off, ft) for off in (0, 5, 50)]
+    assert found[0] > found[1] + .05 > found[2] + .1 and found[:2] == pytest.approx([reference(0), reference(5)], abs=.01) and "on their mean" in " ".join(m.sap.__doc__.split())
+
+
 # --- degenerate and bad input -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("z, f", [
@@ -579,6 +611,10 @@ def test_degenerate_input_never_gives_nan(z, f):
               m.mcc(z, f), m.mcc(z, f, "spearman"), m.irs(z, f).score, m.factorvae_pooled(z, f, votes=(50, 50)).score, m.tad(z, (f > 1).long()).score]
     assert all(math.isfinite(v) and v <= 1 + 1e-9 for v in values), values
     if z.shape[1] > 1: assert all(math.isfinite(v) for v in m.dci(z, f, z, f, "hist")[:3])
+
+
+def test_binary_factors_may_be_bool_to_a_correlation():
+    for kind in ("pearson", "spearman"): assert m.mcc(Z, F > 1, kind) == m.mcc(Z, (F > 1).long(), kind)
 
 
 def test_nothing_in_a_dead_code():
@@ -658,6 +694,25 @@ def test_values_that_only_the_test_rows_have_are_wrong():
     (lambda: m.sample_efficiency(torch.full((40, 3), math.nan), draw(40), torch.randn(20, 3), draw(20), (20,)), ["finite codes"]),
     (lambda: m.sample_efficiency(torch.randn(40, 3), draw(40), torch.randn(20, 3), draw(20) + 9, (20,), "hist"), ["right now and then", "accuracies [0.0"]),
     (lambda: m.unit_codes(torch.randn(9, 2)), ["(n, N, D)"]),
+    (lambda: m.unit_codes(torch.ones(9, 2, 0)), ["D > 0"]),
+    (lambda: m.unit_codes(torch.ones(9, 2, 3) * 1j), ["real numbers", "complex64"]),
+    (lambda: m.unit_codes(torch.ones(9, 2, 3).bool()), ["real numbers", "bool"]),
+    (lambda: m.mcc(Z, F, "pearson", Z * 1e-200, F), ["codes that vary by 1e-100 to 1e100", "column [0]"]),
+    (lambda: m.irs(Z * 1e305, F), ["1e100"]), (lambda: m.explicitness(Z * 1e-200, F), ["1e-100"]), (lambda: m.infomec(Z * 1e-200, F), ["1e-100"]), (lambda: m.udr([Z, Z * 1e-200]), ["1e-100"]),
+    (lambda: m.mig((Z / Z.abs().max() * 3e38).float(), F), ["codes that vary"]),                   # the range of a float32 overflows
+    (lambda: m.mcc(Z, F + 2**60), ["factors that vary by 1e-100", "column [0]"]), (lambda: m.mcc(Z, F.double() * 1e-200), ["factors that vary"]),
+    (lambda: m.mcc(Z, F * 1j, "spearman"), ["factors of real numbers", "complex"]),
+    (lambda: m.mcc(Z, F, "pearson", Z), ["table of numbers", "NoneType"]), (lambda: m.explicitness(Z, F, Z), ["table of numbers", "NoneType"]),
+    (lambda: m.evaluate_codes(Z, F, Z, F[:, :2], progress=False), ["and 3 factors", "same encoder and data"]), (lambda: m.sample_efficiency(Z, F, Z, F[:, :2], (20,)), ["and 3 factors"]),
+    (lambda: m.sample_efficiency(Z, F, Z, F[:, 0], (20,)), ["(150, K)", "(150,)"]), (lambda: m.sample_efficiency(Z, F, Z, F, 20), ["sizes", "20"]),
+    (lambda: m.evaluate(lambda x: None, Plain(3, 3), n=50, n_test=50, progress=False), ["table of numbers", "NoneType"]), (lambda: m.evaluate(read, Plain(3, 3), n=0, n_test=50, progress=False), ["n as whole numbers from 2 on", "0"]),
+    (lambda: m.evaluate(read, Plain(3, 3), n=50, n_test=50, batch=0, progress=False), ["batch", "0"]),
+    (lambda: m.factorvae_pooled(Z, F, votes=(0, 0)), ["votes as whole numbers from 1 on", "(0, 0)"]), (lambda: m.factorvae_pooled(Z, F, votes=(100, 0)), ["(100, 0)"]), (lambda: m.factorvae_pooled(Z, F, votes=100), ["two numbers of votes"]),
+    (lambda: m.factorvae_pooled(Z, F, votes=(9, 9), size=1), ["size as whole numbers from 2 on"]), (lambda: m.factorvae_score(read, Plain(3, 3), votes=(9, 0), progress=False), ["votes"]),
+    (lambda: m.factorvae_pooled(Z, 0 * F, votes=(9, 9)), ["a factor that varies"]), (lambda: m.factorvae_score(read, Plain(3, 3), points=0, progress=False), ["points"]),
+    (lambda: m.mig(Z, F, bins=0), ["bins as whole numbers from 1 on", "0"]), (lambda: m.irs(Z, F, bins=0), ["bins"]), (lambda: m.irs(Z, F, quantile=2), ["quantile from 0 to 1"]),
+    (lambda: m.tad(Z, (F > 1).long(), step=0), ["step above 0"]), (lambda: m.sap(Z, F, Z, F, C=-1), ["finite C above 0", "-1"]), (lambda: m.sap(Z, F, Z, F, C=math.nan), ["finite C", "nan"]),
+    (lambda: m.infomec(Z, F, neighbours=0), ["neighbours", "0"]), (lambda: m.infomec(Z, F, neighbours=-1), ["neighbours", "-1"]), (lambda: m.bootstrap([1., 2.], draws=0), ["draws", "0"]),
     (lambda: m.bootstrap([1.]), ["two or more finite values"]),
     (lambda: m.factorvae_score(read, Plain(1, 1), progress=False), ["two or more values"]),
     (lambda: m.evaluate(lambda x: read(x)[:3], Plain(3, 3), n=50, n_test=50, progress=False), ["50 codes from encode"]),

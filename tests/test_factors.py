@@ -2,7 +2,7 @@
 import math, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from disdiff_tutorial.data.factors import FactorData, FactorGrid, Rotated, rotation
+from disdiff_tutorial.data.factors import FactorData, FactorGrid, Reduced, Rotated, rotation
 
 SPRITES = FactorGrid(("color", "shape", "scale", "orientation", "posX", "posY"), (1, 3, 6, 40, 32, 32))
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -23,6 +23,22 @@ def one_line(error, *words):
     text = str(error.value)
     assert text.startswith("expected ") and ", found " in text and ": " in text and "\n" not in text, text
     for word in words: assert word in text, text
+
+
+def test_nothing_goes_there_and_back():
+    "An empty batch: numbers, factors, images, and the nearest pictures."
+    grid, none = lamps.grid, torch.zeros(0, dtype=torch.long)
+    assert grid.factors(none).shape == (0, 3) and torch.equal(grid.index(grid.factors(none)), none)
+    few = Reduced(lamps, f0=[1, 2])
+    factors, distance = few.nearest(few.images(few.grid.factors(none)))
+    assert factors.shape == (0, 3) and distance.shape == (0,)
+
+
+def test_whole_numbers_of_every_type():
+    "Lists to draw among, sizes and steps from numpy or torch."
+    grid = FactorGrid("ab", torch.tensor([3, 4]))
+    assert grid.sizes == (3, 4) and set(grid.index(grid.sample(np.int64(50), seeded(), among=[0, 5])).tolist()) == {0, 5}
+    assert torch.equal(lamps.batches(np.int32(3))(torch.tensor(7))[1], lamps.batches(3)(7)[1])
 
 
 # --- grid ---------------------------------------------------------------------------------------------------------------
@@ -95,6 +111,26 @@ def test_the_others_vary_when_one_is_held():
     (lambda g: FactorGrid(("a", "a"), (2, 2)), ["different names"]),
     (lambda g: FactorGrid(("a", "b"), (2,)), ["one size for each"]),
     (lambda g: FactorGrid(("a",), (0,)), ["at least 1"]),
+    (lambda g: FactorGrid("ab", (2.7, 3)), ["whole sizes of at least 1", "2.7"]),
+    (lambda g: FactorGrid("ab", (True, 3)), ["whole sizes of at least 1", "True"]),
+    (lambda g: g.index([["x", "y"]]), ["whole factors"]),
+    (lambda g: g.sample(2.5), ["at least one sample", "2.5"]),
+    (lambda g: g.sample(True), ["at least one sample", "True"]),
+    (lambda g: g.sample(2, among=g.split()), ["whole numbers to draw among"]),
+    (lambda g: g.sample(2, among=[False, True]), ["whole numbers to draw among", "bool"]),
+    (lambda g: g.split(math.nan), ["a share of the combinations", "nan"]),
+    (lambda g: g.split(math.inf), ["a share of the combinations", "inf"]),
+    (lambda g: g.split("0.1"), ["a share of the combinations", "'0.1'"]),
+    (lambda g: g.split_pairs("a", "b", math.nan), ["a share of the pairs", "nan"]),
+    (lambda g: lamps.batches(2)(-1), ["a whole step", "-1"]),
+    (lambda g: lamps.batches(2)(1.5), ["a whole step", "1.5"]),
+    (lambda g: lamps.batches(2.5), ["batch of at least one", "2.5"]),
+    (lambda g: lamps.batches(2, 1.5), ["a whole seed", "1.5"]),
+    (lambda g: lamps.batches(2, fixed={"zz": 0}), ["among f0, f1, f2", "'zz'"]),
+    (lambda g: lamps.batches(2, among=[999]), ["numbers from 0 to 104"]),
+    (lambda g: Reduced(lamps, f0=4), ["values of f0 from 0 to 4", "found 4"]),
+    (lambda g: Reduced(lamps, f0=[1.5]), ["whole values of f0"]),
+    (lambda g: Reduced(lamps, shrink=1.5), ["a whole shrink", "1.5"]),
     (lambda g: g.index(torch.tensor([[0, 4]])), ["b from 0 to 3", "found 4 in row 0"]),
     (lambda g: g.index(torch.tensor([[0, 1], [-1, 0]])), ["a from 0 to 2", "found -1 in row 1"]),
     (lambda g: g.index(torch.tensor([[0.0, 1.0]])), ["whole factors", "float32"]),

@@ -89,11 +89,20 @@ def test_float32_statistics_are_good_enough():
     (dict(cov1=torch.full((3, 3), float("nan"))), ["finite"]),
     (dict(cov1=torch.tensor([[1., 2, 0], [0, 1, 0], [0, 0, 1]])), ["symmetric"]),
     (dict(cov1=torch.diag(torch.tensor([1., 1, -1]))), ["negative eigenvalues"]),
+    (dict(cov2=torch.diag(torch.tensor([1., 1, -1]))), ["negative eigenvalues"]), (dict(cov2=-torch.eye(3)), ["negative eigenvalues"]), (dict(cov2=torch.tensor([[0., 1, 0], [1, 0, 0], [0, 0, 1]])), ["negative eigenvalues"]),
     (dict(cov1=torch.ones(3)), ["covariance (D, D)"]),
 ])
 def test_bad_gaussians(change, words):
     with pytest.raises(ValueError) as error: q.frechet_distance(**(dict(mu1=torch.zeros(3), cov1=torch.eye(3), mu2=torch.zeros(3), cov2=torch.eye(3)) | change))
     one_line(error, *words)
+
+
+def test_fewer_images_than_features_against_no_covariance():
+    with pytest.raises(ValueError) as error: q.frechet_to(q.Statistics(torch.zeros(20), -torch.eye(20), 9, {}), cloud(5, 20))
+    one_line(error, "negative eigenvalues")
+
+def test_a_covariance_may_be_singular_tiny_or_huge():
+    for scale in (0., 1e-300, 1., 1e300): assert q.frechet_distance(torch.zeros(3), scale * torch.ones(3, 3).double(), torch.zeros(3), 0 * torch.eye(3)) == pytest.approx(3 * scale)
 
 
 # --- statistics and bias ------------------------------------------------------------------------------------------------
@@ -120,6 +129,11 @@ def test_bias_formula_by_simulation(spectrum, n, m):
     exact = q.Statistics(torch.zeros(len(values)), values.diag(), None, {})
     found = np.array([q.frechet_to(exact if m == math.inf else q.statistics(sample(m, 10_000 + s)), sample(n, s)) for s in range(300)])
     assert found.mean() == pytest.approx(q.fid_bias(values.diag(), n, m), abs=4 * found.std() / 300 ** .5 + .02 * found.mean())
+
+@pytest.mark.parametrize("n, m", [(0, math.inf), (-5, math.inf), (9, 0)])
+def test_bias_of_no_images(n, m):
+    with pytest.raises(ValueError) as error: q.fid_bias(torch.eye(3), n, m)
+    one_line(error, "above 0")
 
 def test_bias_of_white_features(): assert q.fid_bias(torch.eye(40), 50) == pytest.approx(40 * 45 / 200)
 
@@ -162,6 +176,7 @@ def test_default_subset_is_all_of_the_smaller_set():
 @pytest.mark.parametrize("call, words", [
     (lambda: q.kid(torch.zeros(9, 2), torch.zeros(5, 2), size=6), ["from 2 to 5", "found 6"]), (lambda: q.kid(torch.zeros(9, 2), torch.zeros(5, 2), size=1), ["from 2 to 5"]),
     (lambda: q.kid(torch.zeros(9, 2), torch.zeros(5, 2), subsets=0), ["at least one subset"]), (lambda: q.kid(torch.zeros(9, 2), torch.zeros(5, 3)), ["one dimension", "2 and 3"]),
+    (lambda: q.kid(torch.zeros(9, 2), torch.zeros(5, 2), size=2.5), ["from 2 to 5", "2.5"]), (lambda: q.kid(cloud(9, 2) * 1e110, cloud(9, 2)), ["cubes are finite", "e+110"]),
 ])
 def test_bad_kid(call, words):
     with pytest.raises(ValueError) as error: call()
@@ -247,6 +262,23 @@ def test_features_in_batches_grey_and_stored():
     assert torch.allclose(f[:, :3], x.float().mean((2, 3)) / 255)
     grey = pictures(3, channels=1)
     assert torch.equal(q.features(grey, Eyes()), q.features(grey.expand(-1, 3, -1, -1), Eyes()))
+
+def test_arrays_and_lists_are_taken_like_tensors():
+    x, y = pictures(9), pictures(7, seed=1)
+    assert torch.equal(q.features(x.numpy(), Eyes()), q.features(x, Eyes())) and torch.equal(q.features(x.numpy()[::-1], Eyes()), q.features(x.flip(0), Eyes()))
+    assert q.fid(x.numpy(), y.numpy(), Eyes()).value == q.fid(x, y, Eyes()).value
+    assert torch.equal(q.reconstruction_error(x.numpy(), x.numpy()[::-1]).mse, q.reconstruction_error(x, x.flip(0)).mse)
+    a, b = cloud(30, 4), cloud(20, 4, 1)
+    for view in (lambda t: t.tolist(), lambda t: t.numpy()[::-1], lambda t: t.numpy().astype(">f8")): assert q.fid(view(a), view(b)).value == pytest.approx(q.fid(a, b).value) and math.isfinite(q.kid(view(a), view(b), 2).value)
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: q.fid(None, cloud(9, 2)), ["table of numbers", "NoneType"]), (lambda: q.fid((cloud(9, 2), torch.eye(2)), cloud(9, 2)), ["table of numbers", "tuple"]), (lambda: q.fid(cloud(9, 2)[:, :0], cloud(9, 2)), ["features (n, D)", "(9, 0)"]),
+    (lambda: q.reconstruction_error([[1]], [[1]]), ["uint8 or float images", "int64"]), (lambda: q.fid(pictures(9), pictures(9), Eyes(), batch=0), ["batch", "0"]), (lambda: q.features(pictures(9), Eyes(), batch=-1), ["batch", "-1"]),
+    (lambda: q.reconstruction_error(pictures(2), pictures(2), white=math.nan), ["white above 0", "nan"]), (lambda: q.reconstruction_error(pictures(2), pictures(2), white=0), ["white above 0"]),
+])
+def test_plain_mistakes(call, words):
+    with pytest.raises(ValueError) as error: call()
+    one_line(error, *words)
 
 def test_network_scales_and_pools_flat():
     net = q.Network(torch.nn.Flatten(), "id", size=2)
@@ -400,6 +432,14 @@ class Answer:
     def __enter__(self): return self
     def __exit__(self, *a): pass
     def read(self, n): part, self.raw = self.raw[:n], self.raw[n:]; return part
+
+def test_a_download_that_breaks_off(bare, monkeypatch):
+    import http.client
+    class Broken(Answer):
+        def read(self, n): raise http.client.IncompleteRead(b"x")
+    monkeypatch.setattr(q.urllib.request, "urlopen", lambda *a, **k: Broken(b""))
+    with pytest.raises(FileNotFoundError) as error: q.inception()
+    one_line(error, "IncompleteRead", "pip install"); assert not (bare / "inception").exists()
 
 def test_download_is_checked_and_kept(bare, tiny, monkeypatch):
     path, digest = tiny

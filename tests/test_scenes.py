@@ -227,6 +227,12 @@ def test_bigger_scale_bigger_object():
 def test_all_cases_differ(data): assert len(data.rows.view(480, -1).unique(dim=0)) == 480
 
 
+def test_a_size_from_numpy(data):
+    import numpy as np
+    f = data.grid.sample(3, torch.Generator().manual_seed(0))
+    assert torch.equal(Scenes(np.int64(64), "cpu").images(f), Scenes(64, "cpu").images(f))
+
+
 def test_other_sizes_show_the_same(data, cache):
     f = data.grid.sample(60, torch.Generator().manual_seed(5))
     small = Scenes(16, "cpu")
@@ -304,7 +310,7 @@ def test_without_a_place_for_the_table(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda d: Scenes(8), ["16 to 96", "8"]), (lambda d: Scenes(128), ["16 to 96", "128"]), (lambda d: Scenes(64.), ["16 to 96", "64.0"]),
+    (lambda d: Scenes(True), ["16 to 96", "True"]), (lambda d: Scenes(8), ["16 to 96", "8"]), (lambda d: Scenes(128), ["16 to 96", "128"]), (lambda d: Scenes(64.), ["16 to 96", "64.0"]),
     (lambda d: d.images(torch.tensor([[0, 0, 0, 0, 4, 0]])), ["shape from 0 to 3", "found 4 in row 0"]),
     (lambda d: d.images(torch.tensor([[0, 0, 0, 0, 0, 0], [10, 0, 0, 0, 0, 0]])), ["floor_hue from 0 to 9", "found 10 in row 1"]),
     (lambda d: d.images(torch.zeros(2, 5, dtype=torch.long)), ["shape (n, 6)"]),

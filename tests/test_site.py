@@ -1,8 +1,9 @@
 "The site, without Quarto: formulas parse, references and links resolve, pages are light and need no other site, colours can be told apart, chapters have their parts."
-import itertools, json, re, shutil, subprocess
+import itertools, json, re, shutil, subprocess, sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, yaml
 from browser.npm import package
 from disdiff_tutorial import show
@@ -200,6 +201,7 @@ def lacks(path):
     third = cells(path)[:len(cells(path)) // 3 + 1]
     has = {"a title and a summary as a quote": re.match(r"# \S.*\n\n?> \S", texts[0]), "'You will be able to'": "You will be able to" in texts[0], "'Running time'": "Running time" in texts[0],
            "a picture in the first third": path.stem in NO_PICTURE or any(re.search(r'^#\| *fig-alt: *"?\w', source(c), re.M) for c in third if c["cell_type"] == "code"),
+           "a box of common mistakes": path.stem[0] not in "1234567" or any('title="Common mistakes"' in t for t in texts),
            "a summary": re.search(r"^## Summary", last, re.M), f"3 to 5 exercises, not {count}": 3 <= count <= 5}
     return [part for part, there in list(has.items())[:3 if path in REFERENCE else None] if not there]
 
@@ -277,3 +279,17 @@ def test_colours_can_be_told_apart(sight):
     "Four times what can just be seen, for every pair."
     near = {f"{a} {b}": round(d, 1) for a, b in itertools.combinations(show.COLOURS, 2) if (d := apart(a, b, sight)) < 10}
     assert not near
+
+# Badges, and a way into Colab.
+def test_badges_are_in_step(): assert subprocess.run([sys.executable, ROOT / ".ci" / "badges.py", "--check"]).returncode == 0
+
+@each_chapter
+def test_first_cell_fetches_the_book_in_colab_and_only_there(path, monkeypatch):
+    first, ran = cells(path)[0], []
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    here = dict(get_ipython=lambda: SimpleNamespace(system=ran.append))
+    exec(source(first), here); assert not ran and "book" not in sys.path
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    exec(source(first), here)
+    assert len(ran) == 1 and "git clone -q --depth 1 https://github.com/" in ran[0] and sys.path[0] == "book"
+    assert re.match(r"#\| (hide|default_exp)\b", source(first))                        # no page shows it

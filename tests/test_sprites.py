@@ -22,6 +22,8 @@ def one_line(error, *words):
     (lambda: data.images(torch.tensor([[0, 0, 0, 40, 0, 0]])), ["orientation from 0 to 39", "found 40"]),
     (lambda: data.images(torch.tensor([[1, 0, 0, 0, 0, 0]])), ["color from 0 to 0", "found 1"]),
     (lambda: Sprites(8), ["at least 16 pixels", "8"]),
+    (lambda: Sprites(True), ["at least 16 pixels", "True"]),
+    (lambda: Sprites(shapes={"square": square(), "hole": square() * float("nan")}, device="cpu"), ["within 0.242", "nan"]),
     (lambda: Sprites(64.0), ["at least 16 pixels", "64.0"]),
     (lambda: Sprites(shapes={"big": 2 * square()}), ["within 0.242", "0.424"]),
     (lambda: Sprites(shapes={}), ["at least one outline"]),
@@ -255,6 +257,13 @@ def test_chunks_do_not_matter():
     assert torch.equal(data.images(f), torch.cat([data.images(part) for part in f.split(77)]))
 
 
+def test_sizes_and_outlines_from_numpy():
+    import numpy as np
+    f = data.grid.sample(20, torch.Generator().manual_seed(0))
+    same = Sprites(np.int64(64), "cpu", {k: v.numpy() for k, v in outlines().items()})
+    assert torch.equal(same.images(f), Sprites(64, "cpu").images(f))
+
+
 def test_other_outlines():
     more = Sprites(device="cpu", shapes={**outlines(), "kite": torch.tensor([[0, -.2], [.1, 0], [0, .2], [-.1, 0]])})
     assert more.grid.sizes[1] == 4 and len(more) == 983_040
@@ -274,6 +283,11 @@ def test_packed_images_are_the_same():
         every = torch.arange(0, len(drawn), 7)
         assert torch.equal(packed.images(drawn.grid.factors(every)), drawn.images(drawn.grid.factors(every))) and packed.bits.numel() == len(drawn) * 32
         assert all(torch.equal(a, b) for a, b in zip(packed.batches(64, seed=3)(5), drawn.batches(64, seed=3)(5)))
+    grey = Sprites(16, device="cpu", shapes={"square": square()}); render = grey.render
+    for lie in (1, 128, 254):
+        grey.render = lambda factors: render(factors).clamp(max=lie)
+        with pytest.raises(ValueError) as error: Packed(grey)
+        one_line(error, "0 and 255 alone", "grey")
     with pytest.raises(ValueError) as error: Packed(Sprites(20, device="cpu"))
     one_line(error, "multiple of 8", "20")
 

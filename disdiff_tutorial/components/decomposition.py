@@ -173,7 +173,7 @@ def build(shape, k, width, encoder, dim, apart=True, once=False, **_):
 
 def train(config, images, held, k, apart=True, once=False, sizes=None, **how):
     "Train on images (n, C, H, W) uint8, note reconstruction and losses on `held` ones: `Config` -> `Record`, the model beside it. `sizes`: those of the rooms at this scale."
-    sizes, kind = sizes or by_scale(config.scale, **ROOMS), dict(k=k, apart=apart, once=once)
+    sizes, kind = sizes or config.sizes(**ROOMS), dict(k=k, apart=apart, once=once)
     seed_everything(config.seed)
     model = build(images.shape[1:], **kind, **sizes).to(images.device)
     record = config.record(**kind, lr=2e-3, **sizes, **how)
@@ -213,14 +213,14 @@ def rooms_experiment(config, k=3, **how):
 
 def scenes_experiment(config, k=3, **how):
     "The same on the scenes at 64 x 64, trained on pictures drawn by chance from nine tenths of the combinations."
-    data, sizes = Scenes(64), by_scale(config.scale, **SCENES)
+    data, sizes = Scenes(64), config.sizes(**SCENES)
     split, g = data.grid.split(.1), torch.Generator().manual_seed(0)
     few = lambda side, n: data.images(data.grid.factors(side[torch.randperm(len(side), generator=g)[:n]].to(data.device)))
     return train(config, few(split.train, sizes["pictures"]), few(split.test, max(sizes["points"], sizes["judged"], 16)), k, sizes=sizes, **how)
 
 def faces_experiment(config, k=3, **how):
     "Components of LFW at 48 x 48; every tenth face is held out. Where LFW is not on disk, one printed line, and scenes stand in."
-    sizes = by_scale(config.scale, **FACES)
+    sizes = config.sizes(**FACES)
     try: x = files.load("lfw").images[:sizes.get("pictures")]
     except files.Unavailable: print("LFW is not on disk; rendered scenes stand in (load('lfw') says how to get it)"); x = Scenes(64).sample(2000, torch.Generator().manual_seed(0))[0]
     x = torch.cat([F.interpolate(part.to(device()).float(), 48, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8) for part in x.split(2000)])

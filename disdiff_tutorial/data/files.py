@@ -8,13 +8,14 @@ __all__ = ['TYPES', 'LIMIT', 'MOST', 'SOURCES', 'CIFAR', 'ENDINGS', 'PICTURE', '
            'fetch', 'Source', 'find', 'download', 'ImageSet', 'checked_idx', 'read_idx_pair', 'naming', 'npy_header',
            'Member', 'npz_member', 'npz_array', 'npz_rows', 'npy_array', 'Stored', 'stored_rows', 'FactorFile',
            'check_labels', 'at_hand', 'counted', 'read_dsprites', 'needed', 'h5_array', 'h5_rows', 'h5_cost',
-           'read_shapes3d', 'read_mpi3d', 'unpack', 'Bounded', 'tar_members', 'mat_array', 'shrunk', 'read_cars3d',
-           'parse_cifar', 'read_cifar10', 'read_svhn', 'in_folder', 'in_zip', 'lmdb_size', 'in_lmdb', 'picture',
-           'stored_pictures', 'read_folder', 'parse_table', 'read_celeba', 'read_lfw', 'read_lsun', 'known', 'load',
-           'get', 'Row', 'table', 'listing', 'digits', 'mnist_or_digits']
+           'read_shapes3d', 'read_mpi3d', 'unpack', 'Bounded', 'tar_members', 'mat_unpacked', 'mat_array', 'shrunk',
+           'read_cars3d', 'parse_cifar', 'read_cifar10', 'read_svhn', 'in_folder', 'in_zip', 'lmdb_head', 'lmdb_page',
+           'lmdb_values', 'in_lmdb', 'picture', 'stored_pictures', 'read_folder', 'parse_table', 'read_celeba',
+           'sklearn_home', 'read_lfw', 'read_lsun', 'known', 'squares', 'load', 'get', 'Row', 'plausible', 'lies_here',
+           'table', 'listing', 'digits', 'mnist_or_digits']
 
 # %% ../../nbs/data/13_files.ipynb #0969eb33
-import contextlib, gzip, hashlib, http.client, importlib, math, os, re, struct, tarfile, urllib.error, urllib.request, warnings, zipfile, zlib
+import contextlib, glob, gzip, hashlib, http.client, importlib, math, os, re, struct, tarfile, urllib.error, urllib.request, warnings, zipfile, zlib
 from importlib import util
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np, torch
 from torch.nn import functional as F
 
 from ..core import atomic, data_dir, device as default_device, progress_bar, require, short
-from .factors import FactorData, FactorGrid
+from .factors import FactorData, FactorGrid, natural, whole
 from .sprites import tables as sprite_tables
 
 # %% ../../nbs/data/13_files.ipynb #be756efd
@@ -126,7 +127,7 @@ def stream(url, start=0, timeout=10):
                 while piece := reply.read(1 << 16): yield at, piece; at += len(piece); bar.update(len(piece))
         if at < (total or 0): raise Failed(f"broke off after {at:,} of {total:,} bytes")
     except urllib.error.HTTPError as err:
-        if err.code != 416 or not start: raise Failed(str(err)) from err
+        if err.code != 416 or not start: raise Failed(" ".join(str(err).split())[:200]) from err
         yield from stream(url, 0, timeout)                                  # we have more than there is: ours is another file
     except (OSError, http.client.HTTPException, ValueError, TypeError) as err:
         raise Failed(" ".join(str(err).strip("<>").removeprefix("urlopen error ").split())) from err
@@ -188,7 +189,7 @@ class Source(NamedTuple):
     tables: dict | None = None   # of a factor set: name -> values, in the order of the file, the last runs fastest
     shape: tuple | None = None   # of one image in the file; of a set of pictures: default size, default crop
     by_hand: str = ""    # what to do where no program may fetch it
-    other: tuple = ()    # files or folders that do as well
+    other: tuple = ()    # other ways in which the files may lie: the patterns that must all have a file, for each way
 
 SOURCES = {}
 
@@ -203,9 +204,12 @@ def download(name, filename, root):
     path = Path(root) / (f"{filename}.gz" if file.packed else filename)
     mirrors = [os.environ[variable]] if os.environ.get(variable) else source.mirrors
     if not mirrors: raise Unavailable(f"expected {short(path)}, found none: {source.by_hand}")
+    new = not Path(root).exists()
     for mirror in mirrors:
         try: fetch(f"{mirror.rstrip('/')}/{path.name}", path, file); return path
         except Failed as err: tried.append(f"{mirror} ({err})")
+    if new:
+        with contextlib.suppress(OSError): Path(root).rmdir()               # empty: nothing came
     raise Unavailable(f"expected {short(path)} or a mirror that has it, found {', '.join(tried)}: try again later, put the file there by hand, or set {variable}")
 
 # %% ../../nbs/data/13_files.ipynb #22db29f7
@@ -305,8 +309,9 @@ def _same(path, name, found, dtype, shape):
 
 # %% ../../nbs/data/13_files.ipynb #5eeccd3b
 class Stored:
-    "Images that stay in their file until they are asked for: `stored[index]`, for every index that a tensor takes along its first axis, is a uint8 tensor (..., C, H, W)."
-    dtype = torch.uint8
+    """Images that stay in their file until they are asked for: `stored[index]`, for every index that a tensor takes along its first axis, is a uint8 tensor (..., C, H, W).
+    A pickle holds no images, only how `load` was called: whoever unpickles it opens the files again."""
+    dtype, origin = torch.uint8, None   # origin: the arguments of `load`
 
     def __init__(self,
                  read,     # numbers (m,) int64, an array -> images (m, C, H, W) uint8, a tensor
@@ -318,8 +323,19 @@ class Stored:
     def __repr__(self): return f"Stored({', '.join(map(str, self.shape))})"
 
     def __getitem__(self, index):
-        numbers = self.numbers[index.cpu() if isinstance(index, torch.Tensor) else index]
+        if isinstance(index, (torch.Tensor, np.ndarray)):
+            index = torch.as_tensor(index.copy() if isinstance(index, np.ndarray) else index).cpu()
+            if index.dtype != torch.bool: index = whole(index, "numbers of images")         # torch would take uint8 as a mask
+        numbers = self.numbers[index]
         return self.read(numbers.reshape(-1).numpy()).reshape(*numbers.shape, *self.shape[1:])
+
+    def __reduce__(self):
+        require(self.origin, "images that `load` opened", "others", "give the other process what it needs to open them")
+        return _again, self.origin
+
+def _again(*origin): return _stored(load(*origin))
+
+def _stored(data): return data.stored if isinstance(data, FactorFile) else data.images
 
 def stored_rows(array):
     "`Stored` images of an array (n, H, W) or (n, H, W, C) uint8; of a memory map, image by image from its file, so that nothing of it stays in memory."
@@ -492,10 +508,24 @@ def _inside(member):
     except tarfile.FilterError: return False
 
 # %% ../../nbs/data/13_files.ipynb #3c637f77
+def mat_unpacked(f, path, most):
+    "The open MATLAB 5 file `f` with its compressed variables unpacked. Of a variable above `most` bytes only the head is kept: scipy would believe any size that is promised there."
+    out = BytesIO(); out.write(f.read(128)); order = "<" if out.getvalue()[126:] == b"IM" else ">"
+    while len(tag := f.read(8)) == 8:
+        (kind, size), start = struct.unpack(f"{order}II", tag), f.tell()
+        raw = f.read(min(size, most + most // 64 + 1024))
+        part = zlib.decompressobj().decompress(raw, most + 1) if kind == 15 else tag + raw
+        if len(part) > most: part = part[:512]
+        out.write(part[:4] + struct.pack(f"{order}I", len(part) - 8) + part[8:]); f.seek(start + size)
+        require(out.tell() <= 4 * most, f"at most {4 * most:,} bytes in the variables of {short(path)}", "more", "get the file again")
+    out.seek(0)
+    return out
+
 def mat_array(f, path, name, shape, kinds=("uint8",)):
     "Array `name` of an open MATLAB 5 file. Its header must announce `shape` (None: any size) before anything is read."
     from scipy import io
     with naming(path, "a MATLAB 5 file"):
+        f = mat_unpacked(f, path, (LIMIT if None in shape else math.prod(shape) * (8 if "double" in kinds else 1)) + 4096)
         listed = io.whosmat(f)
         found = {n: (s, kind) for n, s, kind in listed}
         require(len(found) == len(listed), f"different names in {short(path)}", ", ".join(n for n, *_ in listed)[:80], "get the file again")
@@ -529,7 +559,7 @@ def read_cars3d(name, root, split):
         return FactorFile(name, Stored(read, (n, c, 64, 64)), tables)
     folder = next((p for p in (root / "cars", root / "data" / "cars") if p.is_dir()), None)
     if not folder and (file.sha256 or file.md5): verify(at_hand(name, filename, root), file)              # a tar is read header by header, so know it first
-    meshes = ((p.name, open(p, "rb")) for p in folder.glob("*.mat")) if folder else tar_members(at_hand(name, filename, root), r"(^|/)cars/[^/.][^/]*\.mat$", MOST)
+    meshes = ((p.name, open(p, "rb")) for p in folder.glob("[!.]*.mat") if p.is_file()) if folder else tar_members(at_hand(name, filename, root), r"(^|/)cars/[^/.][^/]*\.mat$", MOST)
     found, path = {}, folder or root / filename
     with progress_bar(total=cars, show=cars > 10, desc="reading", unit=" cars", leave=False) as bar:
         for mesh, f in meshes:
@@ -591,48 +621,78 @@ ENDINGS, PICTURE = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), 1 << 26  # names 
 def in_folder(folder):
     "Names of the pictures below a folder, sorted, and a function name -> bytes."
     folder = Path(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and p.is_file())
     def fetch(name):
         with open(folder / name, "rb") as f: return bytes(read_at_most(f, PICTURE))
     return names, fetch
 
 def in_zip(path):
     "The same for a zip."
-    with naming(path, "a zip file"): z = zipfile.ZipFile(path)
+    with naming(path, "a zip file"): z, owner = zipfile.ZipFile(path), os.getpid()
     def fetch(name):
+        nonlocal z, owner
+        if owner != os.getpid(): z, owner = zipfile.ZipFile(path), os.getpid()         # a forked process shares the place in the file: open it anew
         if z.getinfo(name).file_size > PICTURE: require(False, f"pictures of at most {PICTURE:,} bytes in {short(path)}", f"{z.getinfo(name).file_size:,}", "get the file again")
         with naming(path, "a whole zip file"), z.open(name) as f: return bytes(read_at_most(f, PICTURE))
     return sorted(n for n in z.namelist() if n.lower().endswith(ENDINGS) and not n.rsplit("/", 1)[-1].startswith(".")), fetch
 
-def lmdb_size(raw, path):
-    "Bytes that an LMDB file must have, from its first two pages; ValueError unless they are of that format."
+def lmdb_head(raw, path):
+    "Root page, number of entries and number of pages of an LMDB file, from its first two pages; ValueError unless they are of that format."
     require(len(raw) >= 8192, f"two pages at the start of {short(path)}", f"{len(raw):,} bytes", "get the file again")
-    metas = [(struct.unpack_from("<QQ", raw, at + 136), struct.unpack_from("<II", raw, at + 16), struct.unpack_from("<I", raw, at + 40)[0]) for at in (0, 4096)]
-    (last, _), (magic, version), page = max(metas, key=lambda m: m[0][1])       # two pages describe the file: the one with the later number counts
-    require(all(m[1] == (0xBEEFC0DE, 1) for m in metas) and page == 4096, f"{short(path)} to be an LMDB file with pages of 4,096 bytes", f"{magic:08x}, {page}", "get the file again")
-    return (last + 1) * page
+    heads = [struct.unpack_from("<II16xI76x4Q", raw, at + 16) for at in (0, 4096)]
+    magic, version, page, entries, root, last, _ = max(heads, key=lambda h: h[-1])     # two pages describe the file: the one with the later number counts
+    require(all(h[:2] == (0xBEEFC0DE, 1) for h in heads) and page == 4096, f"{short(path)} to be an LMDB file with pages of 4,096 bytes", f"{magic:08x}, {page}", "get the file again")
+    return root, entries, last + 1
+
+def lmdb_page(raw, number):
+    "Of page `number` of an LMDB file, its bytes: the pages below it, and its values, key -> (first byte, bytes), counted from the start of the file; ValueError or struct.error if they lead out of it."
+    own, kind, lower = struct.unpack_from("<Q2xHH", raw)
+    if own != number or kind not in (1, 2): raise ValueError(f"no keys in page {number}")
+    nodes = [(at, *struct.unpack_from("<IHH", raw, at)) for at in struct.unpack_from(f"<{(lower - 16) // 2}H", raw, 16)]
+    if kind == 1: return [low | high << 32 for _, low, high, _ in nodes], {}
+    values = {}
+    for at, size, flags, length in nodes:
+        key, start = raw[at + 8:at + 8 + length], at + 8 + length
+        apart = flags == 1                                                             # the value has pages of its own
+        if flags > 1 or start > 4096 or not apart and start + size > 4096: raise ValueError(f"a bad entry in page {number}")
+        values[key] = 4096 * struct.unpack_from("<Q", raw, start)[0] + 16 if apart else 4096 * number + start, size
+    return [], values
+
+def lmdb_values(path):
+    "Where the values of an LMDB file lie: key -> (first byte, bytes), in the order of the keys. Reads every page of keys; ValueError for anything but a sound file."
+    with open(path, "rb") as f, naming(path, "a sound LMDB file"):
+        root, entries, pages = lmdb_head(f.read(8192), path)
+        require(path.stat().st_size >= 4096 * pages, f"at least {4096 * pages:,} bytes in {short(path)}", f"{path.stat().st_size:,}", "get the file again")
+        todo, seen, found = [root], set(), {}
+        while todo:
+            number = todo.pop()
+            if number in seen or not 1 < number < pages: raise ValueError(f"page {number} of {pages}, or twice")
+            seen.add(number); f.seek(4096 * number)
+            below, values = lmdb_page(f.read(4096), number)
+            todo += below[::-1]; found |= values
+        if len(found) != entries or any(at + size > 4096 * pages or size > PICTURE for at, size in found.values()): raise ValueError(f"{len(found):,} entries, or values outside")
+        return found
 
 def in_lmdb(folder):
-    "The same for an LMDB folder, as LSUN comes in. The first pages are checked by us, since the library would trust them."
-    lmdb, path = needed("lmdb"), Path(folder) / "data.mdb"
+    "The same for an LMDB folder, as LSUN comes in."
+    path = Path(folder) / "data.mdb"
     require(path.is_file(), f"a file {short(path)}", "none", "unpack the zip there", FileNotFoundError)
-    with open(path, "rb") as f: wanted = lmdb_size(f.read(8192), path)
-    require(path.stat().st_size >= wanted, f"at least {wanted:,} bytes in {short(path)}", f"{path.stat().st_size:,}", "get the file again")
-    with naming(path, "an LMDB file"):
-        base = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False, max_readers=1)
-        with base.begin() as t, t.cursor() as c: names = list(c.iternext(values=False))
+    places = lmdb_values(path)
     def fetch(name):
-        with naming(path, "an LMDB file"), base.begin() as t: return t.get(name)
-    return names, fetch
+        at, size = places[name]
+        with open(path, "rb") as f: f.seek(at); return f.read(size)
+    return list(places), fetch
 
 # %% ../../nbs/data/13_files.ipynb #95872849
 def picture(raw, path, size, crop=None):
-    "One picture -> (size, size, 3) uint8: a square, centred, of `crop` pixels (default: as large as fits), or at `crop` = (left, top, side), shrunk by averaging over a triangle (Pillow's bilinear)."
+    "One picture, upright as its EXIF says, 16 bits of grey as 8 -> (size, size, 3) uint8: a square, centred, of `crop` pixels (default: as large as fits), or at `crop` = (left, top, side), shrunk by averaging over a triangle (Pillow's bilinear)."
     Image = needed("PIL.Image")
     with naming(path, "a picture in JPEG, PNG, WebP or BMP"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(BytesIO(raw), formats=("JPEG", "PNG", "WEBP", "BMP"))
         if math.prod(image.size) > PICTURE: require(False, f"at most {PICTURE:,} pixels in {short(path)}", f"{image.size[0]} x {image.size[1]}", "make it smaller")
+        if image.getexif().get(0x112, 1) != 1: image = needed("PIL.ImageOps").exif_transpose(image)
+        if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype("u1"))     # 16 bits: Pillow would clip them
         image, (w, h) = image.convert("RGB"), image.size
         side = crop[2] if isinstance(crop, tuple) else min(w, h, crop or w)
         left, top = crop[:2] if isinstance(crop, tuple) else ((w - side) // 2, (h - side) // 2)
@@ -683,20 +743,26 @@ def read_celeba(name, root, split, size, crop):
         head = [f.readline(4096), f.readline(4096)]                                # the number of faces, the names of the attributes
         faces, bits = parse_table(f, attributes, (-1, 1))
     with open(partition, "rb") as f: split_of, parts = parse_table(f, partition, (0, 1, 2))
-    require(len(faces) == n and faces == split_of, f"the same {n:,} faces in {short(attributes)} and {short(partition)}", f"{len(faces):,} and {len(split_of):,}", "get both files again")
+    meant, what = head[1].decode("latin1").split(), "get the file again"
+    require(head[0].split() == [str(n).encode()], f"{n} in line 1 of {short(attributes)}", ascii(head[0][:40].decode("latin1").strip()), what)
+    require(len(meant) == bits.shape[1], f"a name for each of {bits.shape[1]} columns in line 2 of {short(attributes)}", len(meant), what)
+    require(parts.shape[1] == 1, f"one number for each face in {short(partition)}", parts.shape[1], what)
+    require(len(set(faces)) == len(faces) == n and faces == split_of, f"the same {n:,} faces in {short(attributes)} and {short(partition)}, each once", f"{len(set(faces)):,} and {len(set(split_of)):,}", "get both files again")
     chosen = np.arange(n) if split == "all" else np.flatnonzero(parts[:, 0] == ("train", "valid", "test").index(split))
     names, fetch = in_folder(path) if path is folder else in_zip(path)
     at = {p.rsplit("/", 1)[-1]: p for p in names}
     missing = [faces[i] for i in chosen if faces[i] not in at]
     require(not missing, f"{missing[0] if missing else ''} in {short(path)}", "none", "get the file again")
     labels = torch.from_numpy(bits[chosen] > 0).long()
-    return ImageSet(stored_pictures(path, [at[faces[i]] for i in chosen], fetch, size, crop), labels, name, tuple(w.decode("latin1") for w in head[1].split()))
+    return ImageSet(stored_pictures(path, [at[faces[i]] for i in chosen], fetch, size, crop), labels, name, tuple(meant))
 
 # %% ../../nbs/data/13_files.ipynb #b3d26066
+def sklearn_home(): return Path(os.environ.get("SCIKIT_LEARN_DATA") or Path.home() / "scikit_learn_data")
+
 def read_lfw(name, root, split, size, crop):
     "LFW: a zip or a folder of its pictures in `root`, or the folder that scikit-learn's `fetch_lfw_people` made. Labels are the persons, where the names of the files tell."
     root = Path(root)
-    home = Path(os.environ.get("SCIKIT_LEARN_DATA") or Path.home() / "scikit_learn_data") / "lfw_home" / "lfw_funneled"
+    home = sklearn_home() / "lfw_home" / "lfw_funneled"
     zips, folders = sorted(root.glob("lfw*.zip")), [p for p in (root / "lfw_funneled", root / "lfw-deepfunneled", root / "lfw", home) if p.is_dir()]
     if not (zips or folders):
         (filename, file), = SOURCES[name].files.items()
@@ -739,12 +805,12 @@ SOURCES.update({
     "cars3d": Source({"all": 17_568}, "not stated", "http://www.scottreed.info", ("http://www.scottreed.info/files",),
         {"nips2015-analogy-data.tar.gz": File(None, None, None, "4e866a7919c1beedf53964e6f7a23686")}, read_cars3d,
         "Reed, Zhang, Zhang, Lee: Deep visual analogy-making, NIPS 2015", _numbers(elevation=4, azimuth=24, object_type=183), (128, 128, 3),
-        other=("cars3d.npz", "cars", "data/cars")),
+        other=(("cars3d.npz",), ("cars/*.mat",), ("data/cars/*.mat",))),
     "mpi3d_toy": Source({"all": 1_036_800}, "CC BY 4.0", "https://github.com/rr-learning/disentanglement_dataset",
         ("https://storage.googleapis.com/disentanglement_dataset/Final_Dataset", "https://huggingface.co/datasets/waleedgondal/mpi3d/resolve/main"),
         {"mpi3d_toy.npz": File(None, None, None, "55889cb7c7dfc655d6e0277beee88868")}, read_mpi3d,
         "Gondal and others: On the transfer of inductive bias from simulation to the real world, NeurIPS 2019",
-        _numbers(object_color=6, object_shape=6, object_size=2, camera_height=3, background_color=3, horizontal_axis=40, vertical_axis=40), (64, 64, 3), other=("images.npy",)),
+        _numbers(object_color=6, object_shape=6, object_size=2, camera_height=3, background_color=3, horizontal_axis=40, vertical_axis=40), (64, 64, 3), other=(("images.npy",),)),
     "mnist": Source({"train": 60_000, "test": 10_000}, "CC BY-SA 3.0", "http://yann.lecun.com/exdb/mnist",
         ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist"),
         {"train-images-idx3-ubyte": File(9_912_422, 47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
@@ -761,7 +827,7 @@ SOURCES.update({
         "Xiao, Rasul, Vollgraf: Fashion-MNIST, a novel image dataset for benchmarking machine learning algorithms, 2017"),
     "cifar10": Source({"train": 50_000, "test": 10_000}, "not stated", "https://www.cs.toronto.edu/~kriz/cifar.html", ("https://www.cs.toronto.edu/~kriz",),
         {"cifar-10-binary.tar.gz": File(None, 170_052_171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", "c32a1d4ab5d03f1284b67883e8d87530")}, read_cifar10,
-        "Krizhevsky: Learning multiple layers of features from tiny images, 2009", other=("cifar-10-batches-bin",)),
+        "Krizhevsky: Learning multiple layers of features from tiny images, 2009", other=(tuple(f"cifar-10-batches-bin/{b}.bin" for b in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")),)),
     "svhn": Source({"train": 73_257, "test": 26_032}, "non-commercial use only", "http://ufldl.stanford.edu/housenumbers", ("http://ufldl.stanford.edu/housenumbers",),
         {"train_32x32.mat": File(None, 182_040_794, "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8", "e26dedcc434d2e4c54c9b2d4a06d8373"),
          "test_32x32.mat": File(None, 64_275_384, "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b", "eb5a983be6a315427106f1b164d9cef3")}, read_svhn,
@@ -770,27 +836,39 @@ SOURCES.update({
         {"img_align_celeba.zip": File(None, 1_443_490_838, "46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74", "00d2c5bc6d35e252742224ab0c1e8fcb"),
          "list_attr_celeba.txt": File(None, 26_721_026, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0", "75e246fa4810816ffd6ee81facbd244c"),
          "list_eval_partition.txt": File(None, 2_836_386, "fc955bcb3ef8fbdf7d5640d9a8693a8431b5f2ee291a5c1449a1549e7e073fe7", "d32c9cbf5e040fd4025c592c306e6668")}, read_celeba,
-        "Liu, Luo, Wang, Tang: Deep learning face attributes in the wild, ICCV 2015", shape=(64, 140),
+        "Liu, Luo, Wang, Tang: Deep learning face attributes in the wild, ICCV 2015", shape=(64, 140), other=(("img_align_celeba/**/*.jpg", "list_attr_celeba.txt", "list_eval_partition.txt"),),
         by_hand="its authors ask for consent: open https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, take img_align_celeba.zip, list_attr_celeba.txt and list_eval_partition.txt from the Google Drive linked there, and put them in this folder"),
     "lfw": Source({"all": 13_233}, "not stated, for research", "http://vis-www.cs.umass.edu/lfw", (),
         {"lfw-funneled.tgz": File(None, None, "b47c8422c8cded889dc5a13418c4bc2abbda121092b3533a83306f90d900100a")}, read_lfw,
-        "Huang, Ramesh, Berg, Learned-Miller: Labeled faces in the wild, 2007", shape=(64, 128), other=("lfw-64.zip", "lfw.zip", "lfw_funneled", "lfw-deepfunneled", "lfw"),
+        "Huang, Ramesh, Berg, Learned-Miller: Labeled faces in the wild, 2007", shape=(64, 128), other=(("lfw*.zip",), *((f"{folder}/**/*.jpg",) for folder in ("lfw_funneled", "lfw-deepfunneled", "lfw", "{sklearn}/lfw_home/lfw_funneled"))),
         by_hand="run `python -c \"from sklearn.datasets import fetch_lfw_people as f; f()\"` once, or take https://ndownloader.figshare.com/files/5976015 and put it in this folder as lfw-funneled.tgz, or a zip lfw.zip of the pictures"),
     "lsun_church": Source({"train": 126_227, "valid": 300}, "not stated, for research", "https://www.yf.io/p/lsun", ("http://dl.yf.io/lsun/scenes",),
         {"church_outdoor_train_lmdb.zip": File(None, 2_448_463_466, "91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a"),
          "church_outdoor_val_lmdb.zip": File(None, 5_957_308, "34635b7547a3e51a15f942a4a4082dd6bc9cca381a953515cb2275c0eed50584")}, read_lsun,
         "Yu, Seff, Zhang, Song, Funkhouser, Xiao: LSUN, construction of a large-scale image dataset, 2015", shape=(64, None),
-        other=("church_outdoor_train_lmdb", "train")),
+        other=(("church_outdoor_train_lmdb/data.mdb",), ("train/**/*.*",))),
     "folder": Source({"all": 0}, "yours", "any folder of pictures", (), {}, read_folder, shape=(64, None), by_hand="it is yours: load('folder', root=...)"),
 })
 
 # %% ../../nbs/data/13_files.ipynb #a63fefa5
 def known(name, split=None):
     "The `Source` of `name` and the split (None: its first); one line for an unknown name or split."
-    require(name in SOURCES, f"a data set among {', '.join(SOURCES)}", repr(name), "choose one of these")
+    require(isinstance(name, str) and name in SOURCES, f"a data set among {', '.join(SOURCES)}", repr(name), "choose one of these")
     splits = SOURCES[name].splits
-    require(split is None or split in splits, f"split {' or '.join(map(repr, splits))}", repr(split), "choose one of these")
+    require(split is None or isinstance(split, str) and split in splits, f"split {' or '.join(map(repr, splits))}", repr(split), "choose one of these")
     return SOURCES[name], next(iter(splits)) if split is None else split
+
+def squares(size, crop):
+    "`size` and `crop` as whole numbers, None where they are None; ValueError for what no picture can have."
+    what = "size from 1 to 4096, crop likewise or (left, top, side)"
+    number = lambda v, least=1: None if v is None else natural(v, least, what)
+    if isinstance(crop, (tuple, list)):
+        require(len(crop) == 3 and None not in crop, what, repr(crop), "choose others")
+        crop = number(crop[0], 0), number(crop[1], 0), number(crop[2])
+    else: crop = number(crop)
+    size, side = number(size), crop[2] if isinstance(crop, tuple) else crop
+    require(max(size or 1, side or 1) <= 4096, what, f"{size}, {crop}", "choose others")
+    return size, crop
 
 def load(name, root=None, split=None, size=None, crop=None):
     """A data set from its published files -> `FactorFile` for dsprites, shapes3d, cars3d, mpi3d_toy; `ImageSet` for the others.
@@ -800,9 +878,10 @@ def load(name, root=None, split=None, size=None, crop=None):
     source, split = known(name, split)
     root, pictures = Path(root or data_dir() / name).expanduser(), source.tables is None and source.shape is not None
     require(pictures or (size is None and crop is None), f"no size or crop for {name}, whose images have one size", f"{size}, {crop}", "leave them out")
-    fine = all(v is None or isinstance(v, int) and 1 <= v <= 4096 for v in (size, crop[2] if isinstance(crop, tuple) and len(crop) == 3 and min(crop) >= 0 else crop))
-    require(fine, "size from 1 to 4096, crop likewise or (left, top, side)", f"{size}, {crop}", "choose others")
-    return source.read(name, root, split, *((size or source.shape[0], crop or source.shape[1]) if pictures else ()))
+    size, crop = squares(size, crop)
+    data = source.read(name, root, split, *((size or source.shape[0], crop or source.shape[1]) if pictures else ()))
+    if isinstance(_stored(data), Stored): _stored(data).origin = name, root, split, size, crop
+    return data
 
 def get(name, root=None):
     "Fetch all files of a data set that are missing, check all, and return their paths. `Unavailable` says what to do by hand where no program may fetch them."
@@ -816,7 +895,7 @@ def get(name, root=None):
     return paths
 
 class Row(NamedTuple):
-    "A line of `table()`; `present` says whether the files lie in the default folder."
+    "A line of `table()`; `present` says whether its files, of a size that can be right, lie where `load` looks for them."
     name: str
     images: int
     megabytes: float | None  # to fetch; None where nobody says
@@ -826,13 +905,25 @@ class Row(NamedTuple):
     citation: str
     files: dict
 
+def plausible(path, file=None):
+    "Whether `path` is a file with the size that `file` says, where it says one; copies of a gz differ, by a factor of 2 at most."
+    size = path.stat().st_size if path.is_file() else 0
+    if file and file.packed and path.suffix == ".gz": return file.packed / 2 <= size <= 2 * file.packed
+    return size == file.size if file and file.size else size > 0
+
+def lies_here(source, root):
+    "Whether the folder `root` has all files of `source`, in one of the ways in which they may lie."
+    def has(pattern):
+        if file := source.files.get(pattern): return bool(path := find(pattern, root)) and plausible(path, file)
+        return any(plausible(Path(p)) for p in glob.iglob(os.path.join(glob.escape(str(root)), pattern.format(sklearn=sklearn_home())), recursive=True))
+    return any(way and all(map(has, way)) for way in (tuple(source.files), *source.other))
+
 def table():
     "All known data sets, a `Row` each."
     def row(name, s):
         sizes, root = [f.packed or f.size for f in s.files.values()], data_dir() / name
-        present = bool(s.files) and all(find(f, root) for f in s.files) or any((root / o).exists() for o in s.other)
         images = s.splits["all"] if "all" in s.splits else sum(s.splits.values())
-        return Row(name, images, sum(sizes) / 1e6 if sizes and all(sizes) else None, s.licence, s.address, present, s.citation, s.files)
+        return Row(name, images, sum(sizes) / 1e6 if sizes and all(sizes) else None, s.licence, s.address, lies_here(s, root), s.citation, s.files)
     return [row(name, s) for name, s in SOURCES.items()]
 
 def listing():

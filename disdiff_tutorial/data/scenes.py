@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from ..core import cache_dir, device as default_device, load_tensors, progress_bar, require, save_tensors, short
-from .factors import FactorData, FactorGrid, Reduced
+from .factors import FactorData, FactorGrid, Reduced, natural
 
 # %% ../../nbs/data/12_scenes.ipynb #6744289e
 def tables():
@@ -272,7 +272,8 @@ class Scenes(FactorData):
                  size=64,          # of the images, 16 to 96; other sizes show the same geometry
                  device=None,      # default: the GPU if there is one
                  world=World()):   # the numbers of the scene
-        require(isinstance(size, int) and 16 <= size <= 96, "a size from 16 to 96 pixels", size, "use 64, as the original does")
+        size = natural(size, 16, "a size from 16 to 96 pixels")
+        require(size <= 96, "a size from 16 to 96 pixels", size, "use 64, as the original does")
         self.device, self.shape, self.world = torch.device(device) if device is not None else default_device(), (3, size, size), world
         self.tables = tables()
         self.grid = FactorGrid(self.tables, (len(v) for v in self.tables.values()))

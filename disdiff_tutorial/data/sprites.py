@@ -9,7 +9,7 @@ __all__ = ['SUB', 'heart', 'square', 'ellipse', 'outlines', 'tables', 'turned', 
 import math
 import torch
 from ..core import device as default_device, progress_bar, require
-from .factors import FactorData, FactorGrid
+from .factors import FactorData, FactorGrid, natural
 
 # %% ../../nbs/data/11_sprites.ipynb #d1bc331d
 def heart(corners=150):
@@ -80,13 +80,13 @@ class Sprites(FactorData):
                  size=64,          # of the images; other sizes show the same geometry
                  device=None,      # default: the GPU if there is one
                  shapes=None):     # outlines by name, corners (V, 2) in image widths; default: square, ellipse, heart
-        self.outlines = dict(shapes) if shapes is not None else outlines()
-        require(isinstance(size, int) and size >= 16, "a size of at least 16 pixels", size, "use 64, as the original does")
+        size = natural(size, 16, "a size of at least 16 pixels")
+        self.outlines = {name: torch.as_tensor(points, dtype=torch.float64, device="cpu") for name, points in (outlines() if shapes is None else shapes).items()}
         require(self.outlines, "at least one outline", "none", "leave shapes out to get the three of dSprites")
         for name, points in self.outlines.items():
             require(points.ndim == 2 and points.shape[1] == 2 and len(points) > 2, f"three or more corners (V, 2) of {name!r}", tuple(points.shape), "give one row per corner")
-        reach = max(points.norm(dim=1).max().item() for points in self.outlines.values())
-        require(reach <= 0.25 - 0.5 / size, f"outlines within {0.25 - 0.5 / size:.3f} of their centre", f"{reach:.3f}", "make them smaller, they would leave the image")
+            reach = points.norm(dim=1).max().item()
+            require(reach <= 0.25 - 0.5 / size, f"outlines within {0.25 - 0.5 / size:.3f} of their centre", f"{reach:.3f}", "make them smaller, they would leave the image")
         self.device, self.shape = torch.device(device) if device is not None else default_device(), (1, size, size)
         self.tables = tables(len(self.outlines))
         self.grid = FactorGrid(self.tables, (len(v) for v in self.tables.values()))
@@ -96,7 +96,7 @@ class Sprites(FactorData):
     def _prepare(self, size):
         "The table of edges (4, shapes * scales * orientations, E), the places (32,), and the row of each entry (shapes, E)."
         scale, orientation = self.tables["scale"], self.tables["orientation"]
-        listed = [edges(points.double().cpu(), size) for points in self.outlines.values()]
+        listed = [edges(points, size) for points in self.outlines.values()]
         longest = max(len(skip) for *_, skip in listed)
         pad = lambda v: torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])])      # an edge without length crosses nothing
         ends = [torch.cat([turned(pad(a), scale, orientation), turned(pad(b), scale, orientation)], -1) for a, b, _ in listed]
@@ -122,7 +122,7 @@ class Sprites(FactorData):
 
 # %% ../../nbs/data/11_sprites.ipynb #096dc082
 class Packed(FactorData):
-    "All images of the black-and-white `data`, drawn once and kept as bits on its device, eight pixels a byte: the same images and factors, faster batches."
+    "All images of the black-and-white `data` (ValueError for others), drawn once and kept as bits on its device, eight pixels a byte: the same images and factors, faster batches."
     def __init__(self, data):
         require(data.shape[-1] % 8 == 0, "a width that is a multiple of 8 pixels", data.shape[-1], "choose another size")
         self.grid, self.shape, self.device, self.weights = data.grid, data.shape, data.device, torch.tensor(data.grid.weights, device=data.device)
@@ -132,6 +132,7 @@ class Packed(FactorData):
         with progress_bar(total=len(data), desc="drawing") as bar:
             for part in torch.arange(len(data)).split(4096):
                 pixels = data.images(data.grid.factors(part)).view(len(part), -1, 8)
+                require((pixels + 1).max() <= 1, "pixels of 0 and 255 alone", "grey", "use the data as they are")         # uint8: 255 + 1 is 0
                 self.bits[part[0]:part[-1] + 1] = (pixels & bit).sum(-1, dtype=torch.uint8); bar.update(len(part))
 
     def render(self, factors):

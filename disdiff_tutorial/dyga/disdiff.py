@@ -148,7 +148,7 @@ def won(model, x, seed=0):
 # %% ../../nbs/dyga/65_disdiff.ipynb #acbc6fcb
 def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     "DisDiff on the rooms, with `anchors` (a key of `TIDY`), skip dropout at rate `skip` in the decoder, and the disentangling loss at `weight`: `Config` -> `Record`, the model beside it."
-    sizes, data = by_scale(config.scale, **DISDIFF), rooms()
+    sizes, data = config.sizes(**DISDIFF), rooms()
     how = dict(sizes, anchors=anchors, skip=skip, weight=weight)
     seed_everything(config.seed)
     model = build(**how).to(data.device)

@@ -164,7 +164,7 @@ VQ_SCENES = dict(smoke=dict(steps=2, width=8, size=64, images=16, batch=4), gpu=
 
 def vqgan_experiment(config, whole=False):
     "A VQ-GAN on the rooms, or on the `whole` of the scenes at 64 x 64: `Config` -> `Record`, the autoencoder beside it."
-    sizes, data = by_scale(config.scale, **(VQ_SCENES if whole else VQ)), Scenes(64) if whole else rooms()
+    sizes, data = config.sizes(**(VQ_SCENES if whole else VQ)), Scenes(64) if whole else rooms()
     seed_everything(config.seed)
     model = VQGAN(width=sizes["width"], size=sizes["size"]).to(data.device)
     done = config.train("net", lambda **kind: model.fit(data, size=sizes.get("batch", 16), seed=config.seed, **kind), sizes["steps"])
@@ -307,7 +307,7 @@ def shape_of(facts):
 
 def rooms_experiment(config, change=None, whole=False, **how):
     "The base model on the rooms, or on the `whole` of the scenes at 64 x 64: `Config` -> `Record`, the model beside it. `change(model, sizes)` alters the fresh model before it is trained; `how` is noted in the record."
-    sizes = by_scale(config.scale, **(SCENES if whole else ROOMS))
+    sizes = config.sizes(**(SCENES if whole else ROOMS))
     data = scenes(**sizes) if whole else rooms()
     seed_everything(config.seed)
     model = build(**shape_of(sizes)).to(data.device)

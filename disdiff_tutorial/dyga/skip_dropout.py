@@ -172,7 +172,7 @@ def look(record, name, net, data, split, f, other, sizes, times):
 # %% ../../nbs/dyga/63_skip_dropout.ipynb #388e17b0
 def skips_experiment(config):
     "All of `VARIANTS` trained on the rooms with notes that are never wrong, and looked at: `Config` -> `Record`. Goes on where it was killed."
-    sizes, data = by_scale(config.scale, **SKIPS), rooms()
+    sizes, data = config.sizes(**SKIPS), rooms()
     split, times = data.grid.split(.1, 0), torch.linspace(.05, .95, sizes["times"]).tolist()
     record = config.record(lr=2e-3, drop=.1, sides=[16, 8, 4], crossed=[0, 1], **{"batch": 32} | sizes)
     f, unseen = (data.grid.factors(part.to(data.device)) for part in (split.train, split.test[:sizes["held"]]))

@@ -114,7 +114,7 @@ def rotated_score(seed, steps, points, aux, notes_="exact", hidden=(), mean=Fals
 
 def rotation_experiment(config):
     "VAE and iVAE on ten rotations with several kinds of notes, and a sweep of KL balancing: `Config` -> `Record`."
-    sizes = by_scale(config.scale, **ROTATION)
+    sizes = config.sizes(**ROTATION)
     record, seeds = config.record(rec=30., lr=1e-2, **sizes), range(config.seed, config.seed + sizes["seeds"])
     part = lambda *names: lambda fit, steps: config.train("-".join(map(str, names)), fit, steps)
     for name, how in KINDS.items():

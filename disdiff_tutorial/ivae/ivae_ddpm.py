@@ -77,7 +77,7 @@ def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, **_
 
 def rooms_experiment(config, model="iVAE + DDPM", whole=False):
     "One of `MODELS` on the rooms, or on the `whole` of the scenes at 64 x 64: `Config` -> `Record`, the model beside it."
-    sizes, data, how = by_scale(config.scale, **(SCENES if whole else ROOMS)), Scenes(64) if whole else rooms(), dict(MODELS[model])
+    sizes, data, how = config.sizes(**(SCENES if whole else ROOMS)), Scenes(64) if whole else rooms(), dict(MODELS[model])
     index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:sizes["pictures"]] if whole else torch.arange(len(data))
     seed_everything(config.seed)
     factors = data.grid.factors(index.to(data.device))

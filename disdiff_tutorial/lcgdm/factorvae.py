@@ -259,7 +259,7 @@ def judge(model, data, points, seed=0):
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #0f47afeb
 def squares_experiment(config, whole=False):
     "Autoencoders on squares, or on the `whole` of dSprites with the published networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
-    sizes, data, tensors, facts = by_scale(config.scale, **(DSPRITES if whole else SQUARES)), Sprites(64) if whole else squares(), {}, {}
+    sizes, data, tensors, facts = config.sizes(**(DSPRITES if whole else SQUARES)), Sprites(64) if whole else squares(), {}, {}
     rates, models = (dict(lr=1e-4, critic_lr=1e-4), printed(data.shape, len(data))) if whole else (dict(lr=1e-3, critic_lr=2e-3), contenders(data.shape))
     record = config.record(hidden=None if whole else list(HIDDEN), **rates, beta_VAE=4., beta_TCVAE=6., gamma=20., **sizes)
     for name, (build, schedule) in models.items():

@@ -163,7 +163,7 @@ def worlds(whole, gamma, dear):
 
 def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=False):
     "Both stages on the squares, or the `whole` of dSprites: `Config` -> `Record`, with the model beside it. `dear`: a code that is dear at first; `truncated`: times by soft truncation."
-    sizes = by_scale(config.scale, **(DSPRITES if whole else SPRITES))
+    sizes = config.sizes(**(DSPRITES if whole else SPRITES))
     seed_everything(config.seed)
     data, small, vae, how = worlds(whole, gamma, dear)
     record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, truncated=truncated, **{"batch": 32} | sizes)

@@ -53,7 +53,7 @@ def readings(model, j, lam, n, seed=0, **kind):
 # %% ../../nbs/lcgdm/42_scaling.ipynb #875ddca0
 def digits_experiment(config, zeros=False):
     "FactorVAE and LCG-DM on MNIST (or scikit-learn's digits), and the curves over the scale: `Config` -> `Record`, the model beside it. `zeros`: a code of zeros for the null."
-    sizes, where = by_scale(config.scale, **DIGITS), device()
+    sizes, where = config.sizes(**DIGITS), device()
     train = files.mnist_or_digits("train")
     images = train.images.to(where)
     seed_everything(config.seed)
@@ -136,7 +136,7 @@ def code_sources(model, prior, images, n, seed=0):
 # %% ../../nbs/lcgdm/42_scaling.ipynb #85dfc283
 def faces_experiment(config):
     "FactorVAE, LCG-DM and a learned prior over codes on faces; the gap between prior and encoded codes: `Config` -> `Record`, models beside it."
-    sizes, where = by_scale(config.scale, **FACES), device()
+    sizes, where = config.sizes(**FACES), device()
     images, name = faces(sizes.get("side", 32)); images = images.to(where)
     test, train = images[::10], images[torch.arange(len(images)) % 10 > 0]
     seed_everything(config.seed)

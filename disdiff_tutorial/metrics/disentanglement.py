@@ -20,9 +20,31 @@ import numpy as np, torch
 from ..core import progress_bar, require
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #e80affaf
+def _native(x):
+    "Arrays and lists as tensors, in native byte order and without negative strides; what else has a shape (tensors, `Stored`) as it is."
+    if hasattr(x, "shape") and not hasattr(x, "__array__"): return x
+    if torch.is_tensor(x): return x.detach()
+    try:
+        a = np.asarray(x)
+        return torch.as_tensor(np.ascontiguousarray(a, a.dtype.newbyteorder("=")))
+    except (TypeError, ValueError): require(False, "a table of numbers", type(x).__name__, "give a tensor or an array")
+
+def _at_least(least, **given):
+    "Refuse, by name, what is not a whole number, or a list of them, from `least` on."
+    for name, value in given.items():
+        ok = all(isinstance(v, (int, np.integer)) and v >= least for v in (value if isinstance(value, (tuple, list)) else [value]))
+        require(ok, f"{name} as whole numbers from {least} on", value, "choose another")
+
+def _measurable(table, name):
+    "Refuse columns that vary by less than 1e-100 or more than 1e100, or by more than their type tells apart: their variance would be 0 or infinite."
+    low, high = table.amin(0), table.amax(0)
+    spans = torch.stack([(high - low).double(), high.double() - low.double()])
+    wrong = ((low != high) & ((spans < 1e-100) | (spans > 1e100)).any(0)).nonzero().flatten().tolist()
+    require(not wrong, f"{name} that vary by 1e-100 to 1e100, or not at all", f"column {wrong[:1]} from {low[wrong[:1]].tolist()} to {high[wrong[:1]].tolist()}", "shift and scale them first")
+
 def checked(codes, factors, whole=True):
     "Codes (n, L) as float32 or float64 and factors (n, K) on the same device, or one line that says what is wrong."
-    codes, factors = torch.as_tensor(codes).detach(), torch.as_tensor(factors).detach()
+    codes, factors = _native(codes), _native(factors)
     require(codes.ndim == 2 and codes.shape[0] > 1 and codes.shape[1] > 0, "codes of shape (n, L) with n > 1", tuple(codes.shape),
             "give one row per image; vector units go through unit_codes")
     require(not codes.is_complex() and codes.dtype != torch.bool, "codes of real numbers", codes.dtype, "convert them")
@@ -32,8 +54,12 @@ def checked(codes, factors, whole=True):
     require(factors.ndim == 2 and len(factors) == len(codes), f"factors of shape ({len(codes)}, K)", tuple(factors.shape), "give one row per row of the codes")
     floating = factors.is_floating_point() or factors.is_complex() or factors.dtype == torch.bool
     require(not (whole and floating), "factors as whole numbers", factors.dtype, "give int64, or `binned(values)` for continuous factors")
+    require(not factors.is_complex(), "factors of real numbers", factors.dtype, "convert them")
     require(whole or factors.isfinite().all(), "finite factors", "some that are not", "drop these rows")
-    return codes, factors.to(codes.device) if floating else factors.to(codes.device, torch.int64)
+    factors = factors.to(codes.device) if factors.is_floating_point() else factors.to(codes.device, torch.int64)
+    _measurable(codes, "codes")
+    if not whole: _measurable(factors, "factors")
+    return codes, factors
 
 def numbered(factors, least=1, reference=None):
     """Factors that vary, with their values numbered from 0: (n, K'), and how many values each has (K',). Values are those of `reference` (default: of `factors`
@@ -51,6 +77,7 @@ def numbered(factors, least=1, reference=None):
 # %% ../../nbs/metrics/30_disentanglement.ipynb #e9e5459f
 def binned(codes, bins=20):
     "Number of the bin, 0 to bins - 1, of each entry of `codes` (n, L): equal widths over each column's own range, as np.histogram cuts them."
+    _at_least(1, bins=bins)
     low, high = codes.amin(0), codes.amax(0)
     low, high = torch.where(low == high, low - 0.5, low), torch.where(low == high, high + 0.5, high)
     edges = torch.arange(bins, device=codes.device).to(codes) * ((high - low) / bins)[:, None] + low[:, None]
@@ -183,7 +210,8 @@ def dci_of(trees):
 
 def dci(codes, factors, codes_test, factors_test, model="boosted", seed=0, jobs=None):
     """`DCI` (Eastwood and Williams 2018), 0 to 1 each. Default: gradient-boosted trees, 100 rounds, rate 0.1, depth 3, as disentanglement_lib. The seed settles ties
-    between splits: an int for each factor afresh, or, with `jobs=1`, a numpy RandomState for all in turn, as the reference takes numpy's global one. `model='hist'`
+    between splits: an int for each factor afresh, or, with `jobs=1`, a numpy RandomState for all in turn, as the reference takes numpy's global one. 'boosted' and 'forest' round codes to float32 and
+    take what varies by less than 1e-7 for constant: standardise codes that are far from 0 or tiny. `model='hist'`
     (the same settings on 255 bins per code, importance = gain) is many times faster and gives slightly other numbers; `'forest'` (100 deep trees) clearly other
     ones."""
     return dci_of(grow(codes, factors, codes_test, factors_test, model, seed, jobs))
@@ -250,6 +278,7 @@ def svm_accuracy(codes, factors, codes_test, factors_test, C=0.01):
     "Test accuracy (L, K) of a linear SVM for each factor on each code alone, balanced classes."
     (codes, factors), (codes_test, factors_test) = checked(codes, factors), checked(codes_test, factors_test)
     same_width(codes, codes_test, factors, factors_test)
+    require(0 < C < math.inf, "a finite C above 0", C, "the reference has 0.01")
     (y, sizes), (y_test, _) = numbered(factors), numbered(factors_test, reference=factors)
     (x, order), x_test, out = codes.T.double().contiguous().sort(1), codes_test.T.double(), []
     for k, size in enumerate(sizes):
@@ -261,7 +290,8 @@ def svm_accuracy(codes, factors, codes_test, factors_test, C=0.01):
 
 def sap(codes, factors, codes_test, factors_test, C=0.01):
     """SAP, 0 to 1 (Kumar et al. 2018): mean over factors of the gap between the best and the second best code in test accuracy of a linear SVM on one code. Default
-    C = 0.01 and balanced classes, as disentanglement_lib, solved to the end. Depends on the codes' scale; with one code the second best is 0."""
+    C = 0.01 and balanced classes, as disentanglement_lib, solved to the end. Depends on the codes' scale and, as liblinear penalises the offset like the slope, on their mean: far from 0 the lines are poor. Centre the
+    codes first if their mean says nothing. With one code the second best is 0."""
     return gap(svm_accuracy(codes, factors, codes_test, factors_test, C)).mean().item()
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #b759641d
@@ -309,9 +339,10 @@ def explicitness(codes, factors, codes_test=None, factors_test=None):
 def voted(groups, variance, active):
     "Which code (v,) moves least in each group of codes (v, size, L), relative to its `variance` (L,); only `active` codes may be chosen."
     mean = groups.new_full((1, groups.shape[1]), 1 / groups.shape[1])
-    apart = groups - groups[:, :1]; apart = apart - mean @ apart
+    apart = ((groups - groups[:, :1]).double() / torch.where(active, variance, 1.).double().sqrt()).to(groups)       # squares of the raw codes might not fit into float32
+    apart = apart - mean @ apart
     spread = (mean @ apart.square_())[:, 0]                        # the factor n / (n - 1) is the same for all codes
-    return torch.where(active, spread / torch.where(active, variance, 1.), math.inf).argmin(1)
+    return torch.where(active, spread, math.inf).argmin(1)
 
 class FactorVAE(NamedTuple):
     "The score, its value on the votes that chose the favourites, those votes (L, K), and which codes took part (L,)."
@@ -330,26 +361,34 @@ def enough(variance, threshold, relative):
     std = variance.sqrt()
     return (std >= threshold * (std.max() if relative else 1)) & (variance > 0)
 
+def _ballot(votes, size):
+    "Refuse what is no pair of numbers of votes and no size of a group."
+    _at_least(1, votes=votes); _at_least(2, size=size)
+    require(np.shape(votes) == (2,), "two numbers of votes", votes, "one to choose and one to judge; the reference has (10_000, 5_000)")
+
 # %% ../../nbs/metrics/30_disentanglement.ipynb #2b412609
 def factorvae_pooled(codes, factors, codes_test=None, factors_test=None, votes=(10_000, 5_000), size=64, threshold=0.05, relative=False, seed=0):
     """`FactorVAE` score from tables alone: each group is drawn, with replacement, from the rows that share a value. No encoder, no images: one pass over the data
-    serves all votes. The second number of `votes` is cast on the test tables if given. Close to `factorvae_score` as long as each value has some tens of rows."""
+    serves all votes. The second number of `votes` is cast on the test tables if given, for whatever values they have. Close to `factorvae_score` as long as each value has some tens of rows."""
+    _ballot(votes, size)
     codes, factors = checked(codes, factors)
     second = (codes, factors) if codes_test is None else checked(codes_test, factors_test)
     same_width(codes, second[0], factors, second[1])
-    variance = codes.var(0); active = enough(variance, threshold, relative)
+    varies = (factors != factors[:1]).any(0)
+    require(varies.any(), "a factor that varies", "none", "draw more of them, or more samples")
+    variance = codes.double().var(0); active = enough(variance, threshold, relative)
     g = torch.Generator().manual_seed(seed)
-    tables = [pooled_votes(z, numbered(f, reference=factors), n, size, variance, active, g) for (z, f), n in zip(((codes, factors), second), votes)]
+    tables = [pooled_votes(z, f[:, varies], n, size, variance, active, g) for (z, f), n in zip(((codes, factors), second), votes)]
     if not active.any(): return FactorVAE(0., 0., tables[0], active)
     train, score = elect(*tables)
     return FactorVAE(score, train, tables[0], active)
 
-def pooled_votes(codes, values_and_sizes, n, size, variance, active, g):
-    (values, sizes), table = values_and_sizes, []
-    if not active.any(): return torch.zeros(codes.shape[1], len(sizes), dtype=torch.long)
-    unit = ((codes - codes.mean(0)) / torch.where(active, variance, 1.).sqrt()).float()
+def pooled_votes(codes, values, n, size, variance, active, g):
+    table, many = [], values.shape[1]
+    if not active.any(): return torch.zeros(codes.shape[1], many, dtype=torch.long)
+    unit = ((codes.double() - codes.double().mean(0)) / torch.where(active, variance, 1.).sqrt()).float()
     both = torch.cat([unit, unit ** 2], 1)
-    for k, count in enumerate(torch.randint(len(sizes), (n,), generator=g).bincount(minlength=len(sizes)).tolist()):
+    for k, count in enumerate(torch.randint(many, (n,), generator=g).bincount(minlength=many).tolist()):
         order = values[:, k].argsort(stable=True)
         number, have = values[order, k].unique_consecutive(return_inverse=True, return_counts=True)[1:]
         start = have.cumsum(0) - have
@@ -364,10 +403,11 @@ def pooled_votes(codes, values_and_sizes, n, size, variance, active, g):
 # %% ../../nbs/metrics/30_disentanglement.ipynb #fbdbf665
 def encoded(encode, data, factors, batch=1024, bar=None):
     "Codes (n, L), or units (n, N, D), of the images of `factors`. `encode` gets uint8 images as `data.images` gives them (`core.to_float` makes floats)."
+    _at_least(1, batch=batch)
     out = []
     with torch.no_grad():
         for part in factors.split(batch):
-            out.append(torch.as_tensor(encode(data.images(part))))
+            out.append(_native(encode(data.images(part))))
             require(len(out[-1]) == len(part), f"{len(part)} codes from encode", len(out[-1]), "return one row per image")
             if bar is not None: bar.update(len(part))
     return torch.cat(out)
@@ -376,11 +416,12 @@ def factorvae_score(encode, data, votes=(10_000, 5_000), size=64, points=10_000,
     """`FactorVAE` score (Kim and Mnih 2018; LCG-DM's FVM), 0 to 1: share of right answers of a majority vote on which factor was held. Default as
     disentanglement_lib: 10,000 votes choose, 5,000 judge, groups of 64, variances from 10,000 points, codes with a standard deviation under 0.05 left out; that
     threshold depends on the codes' scale, and `relative=True` takes 5% of the largest instead. The FactorVAE paper itself uses 800 votes. 0 if no code is left."""
+    _ballot(votes, size); _at_least(2, points=points)
     g = torch.Generator().manual_seed(seed)
     free = [k for k, s in enumerate(data.grid.sizes) if s > 1]
     require(free, "a factor with two or more values", "none", "use other data")
     scalars = lambda z: checked(z, torch.zeros(len(z), 1, dtype=torch.long))[0]
-    variance = scalars(encoded(encode, data, data.grid.sample(points, g), batch)).var(0)
+    variance = scalars(encoded(encode, data, data.grid.sample(points, g), batch)).double().var(0)
     active, tables = enough(variance, threshold, relative), []
     with progress_bar(total=sum(votes) * size, desc="FactorVAE score", show=progress, unit="image") as bar:
         for n in votes:
@@ -404,6 +445,7 @@ def neighbour_information(codes, factors, neighbours=10, seed=0):
     """I(code; factor) in nats (L, K') by nearest neighbours (Ross 2014), as scikit-learn's mutual_info_classif on standardised codes, noise of 1e-10 against ties
     included (`seed`); 0 where the estimate is negative."""
     codes, factors = checked(codes, factors)
+    _at_least(1, neighbours=neighbours)
     values, sizes = numbered(factors)
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(codes.shape))).to(codes.device)
     x, order = (standardised(codes)[0] + 1e-10 * noise).T.contiguous().sort(1)
@@ -544,6 +586,7 @@ def tad(codes, attributes, step=0.01, least_range=0.2, least_auroc=0.75, most_ex
     codes, attributes = checked(codes, attributes)
     require(((attributes == 0) | (attributes == 1)).all(), "attributes of 0 and 1",
             f"values from {attributes.min().item()} to {attributes.max().item()}", "compare each value with the rest first")
+    require(0 < step <= 1, "a step above 0, at most 1", step, "NashAE has 0.01")
     varies = (attributes != attributes[:1]).any(0)
     values, _ = numbered(attributes)
     if exact: area = torch.stack([auroc(codes, (values[:, [k]] == 1).expand_as(codes)) for k in range(values.shape[1])], 1); area = torch.maximum(area, 1 - area)
@@ -567,10 +610,11 @@ def sample_efficiency(codes, factors, codes_test, factors_test, sizes=(1000, 100
     """`Efficiency`: test accuracy of trees from the first `sizes` rows, as a share of that from all rows, 0 to about 1 (Locatello et al. 2019; DyGA's Acc1000/Acc
     and Acc100/Acc). Default: the boosted trees of `dci`. `full` may pass the accuracies (K,) from all rows if they are known. Factors that do not vary in all rows
     are left out."""
-    codes, factors = checked(codes, factors)
+    (codes, factors), (codes_test, factors_test) = checked(codes, factors), checked(codes_test, factors_test)
+    same_width(codes, codes_test, factors, factors_test)
     keep = (factors != factors[:1]).any(0)
-    factors, factors_test = factors[:, keep], torch.as_tensor(factors_test)[:, keep]
-    require(all(1 < s < len(codes) for s in sizes), f"sizes between 2 and {len(codes) - 1}", sizes, "give more rows or smaller sizes")
+    factors, factors_test = factors[:, keep], factors_test[:, keep]
+    require(np.ndim(sizes) == 1 and all(1 < s < len(codes) for s in sizes), f"sizes between 2 and {len(codes) - 1}", sizes, "give more rows or smaller sizes")
     accuracy = [grow(codes, factors, codes_test, factors_test, model, seed, jobs).test if full is None else torch.as_tensor(full, dtype=torch.float64)]
     for s in sizes:
         row, some = torch.zeros_like(accuracy[0]), (factors[:s] != factors[:1]).any(0).cpu()
@@ -591,6 +635,7 @@ def irs(codes, factors, quantile=0.99, bins=20):
     """`IRS`, 0 to 1 (Suter et al. 2019). Default as disentanglement_lib: 99% quantile, factors in 20 bins (`bins=None` keeps their values), constant codes left out;
     0 if all are. It never asks whether two codes say the same."""
     codes, factors = checked(codes, factors)
+    require(0 <= quantile <= 1, "a quantile from 0 to 1", quantile, "the reference has 0.99")
     values, _ = numbered(factors)
     if bins is not None: values = binned(factors[:, (factors != factors[:1]).any(0)].double(), bins)
     z, table = codes.double(), codes.new_zeros(codes.shape[1], values.shape[1], dtype=torch.float64)
@@ -620,7 +665,7 @@ def udr(codes, kl=None, kind="lasso", least_kl=0.01):
     prior; those up to 0.01 are left out, as the reference does; without it constant codes are. `kind='lasso'` (penalty 0.1, the default) or 'spearman'. A model
     without a code that is left scores 0, and 0 enters the medians of the others."""
     require(len(codes) > 1 and kind in ("lasso", "spearman"), "two or more models and the kind 'lasso' or 'spearman'", f"{len(codes)} and {kind!r}", "train more seeds")
-    codes = [checked(z, torch.zeros(len(z), 1, dtype=torch.long))[0] for z in codes]
+    codes = [checked(z, torch.zeros(len(z), 1, dtype=torch.long))[0] for z in map(_native, codes)]
     require(len({z.shape for z in codes}) == 1, "codes of one shape for all models", [tuple(z.shape) for z in codes], "encode the same images with codes of one length")
     if kl is not None:
         kl = [torch.as_tensor(k, device=codes[0].device) for k in kl]
@@ -645,10 +690,11 @@ def weights(a, b, kind):
 def unit_codes(units, fit=None):
     """One number per unit by a one-component PCA per unit: units (n, N, D) -> codes (n, N) float64. `fit` (m, N, D): the units to fit on (default: the same; the
     literature fits on the whole data set)."""
-    units = torch.as_tensor(units).detach()
-    fit = units if fit is None else torch.as_tensor(fit).detach()
-    require(units.ndim == 3 and fit.shape[1:] == units.shape[1:] and len(fit) > 1, "units (n, N, D), and units to fit of the same N and D",
+    units = _native(units)
+    fit = units if fit is None else _native(fit)
+    require(units.ndim == 3 and fit.shape[1:] == units.shape[1:] and len(fit) > 1 and units.shape[2] > 0, "units (n, N, D) with D > 0, and two or more of the same N and D to fit on",
             f"{tuple(units.shape)} and {tuple(fit.shape)}", "reshape them")
+    require(not any(u.is_complex() or u.dtype == torch.bool for u in (units, fit)), "units of real numbers", f"{units.dtype} and {fit.dtype}", "convert them")
     require(units.isfinite().all() and fit.isfinite().all(), "finite units", "some that are not", "look at the encoder before you measure it")
     mean = fit.double().mean(0)
     centred = (fit.double() - mean).transpose(0, 1)
@@ -666,6 +712,7 @@ class Interval(NamedTuple):
 def bootstrap(values, level=0.95, draws=10_000, seed=0):
     "`Interval` of the mean of `values`, one per seed of training: percentiles of the means of resampled seeds. With few seeds it is too narrow."
     v = torch.as_tensor(values, dtype=torch.float64).flatten()
+    _at_least(1, draws=draws)
     require(len(v) > 1 and v.isfinite().all() and 0 < level < 1, "two or more finite values and a level between 0 and 1", f"{v.tolist()[:5]} and {level}", "run more seeds")
     means = v[torch.randint(len(v), (draws, len(v)), generator=torch.Generator().manual_seed(seed))].mean(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
@@ -700,6 +747,7 @@ class Scores(list):
 def evaluate_codes(codes, factors, codes_test, factors_test, seed=0, votes=(10_000, 5_000), sizes=(1000, 100), model="hist", jobs=None, progress=True):
     "`Scores` of all metrics from two tables; see `evaluate`."
     (codes, factors), (codes_test, factors_test) = checked(codes, factors), checked(codes_test, factors_test)
+    same_width(codes, codes_test, factors, factors_test)
     keep = (factors != factors[:1]).any(0) & (factors_test != factors_test[:1]).any(0)
     require(keep.sum() > 1, "two or more factors that vary in both tables", int(keep.sum()), "draw more samples")
     factors, factors_test, rows = factors[:, keep], factors_test[:, keep], []
@@ -736,6 +784,7 @@ def evaluate(encode, data, seed=0, n=10_000, n_test=5_000, split=None, votes=(10
     given (and the first from `split.train`). DCI disentanglement and completeness are fitted on either. Factors that do not vary are left out. `model='boosted'` is
     the literature's DCI, minutes instead of seconds; the FactorVAE score draws its groups from the n points (`factorvae_score` draws fresh images); TAD comes with
     binary factors."""
+    _at_least(2, n=n, n_test=n_test)
     g = torch.Generator().manual_seed(seed)
     factors, factors_test = (data.grid.sample(m, g, among=None if split is None else side) for m, side in ((n, split and split.train), (n_test, split and split.test)))
     with progress_bar(total=n + n_test, desc="encode", show=progress, unit="image", leave=False) as bar:

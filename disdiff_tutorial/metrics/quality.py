@@ -10,12 +10,13 @@ __all__ = ['RESIZE', 'URL', 'DOWNLOADED', 'KNOWN', 'GET', 'KIND', 'Reconstructio
            'note_quality']
 
 # %% ../../nbs/metrics/31_quality.ipynb #8744b529
-import hashlib, importlib.util, io, math, urllib.request, warnings
+import hashlib, http.client, importlib.util, io, math, urllib.request, warnings
 from pathlib import Path
 from typing import NamedTuple
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
 from ..core import atomic, data_dir, load_tensors, progress_bar, require, save_tensors, short, to_float
+from .disentanglement import _at_least, _native
 
 # %% ../../nbs/metrics/31_quality.ipynb #27c750e6
 class Reconstruction(NamedTuple):
@@ -25,9 +26,11 @@ class Reconstruction(NamedTuple):
     white: float
 
 def reconstruction_error(images, rebuilt, white=1.):
-    """Mean squared and mean absolute error per image between two sets (n, C, H, W), each uint8 or float in [-1, 1]; floats outside are not clipped.
+    """Mean squared and mean absolute error per image between two sets (n, C, H, W), tensors or arrays, each uint8 or float in [-1, 1]; floats outside are not clipped.
 
     `white` is how far white is from black: 1 for images in [0, 1], the default and the most common in papers; 2 for [-1, 1]; 255 for grey levels."""
+    images, rebuilt = _native(images), _native(rebuilt)
+    require(0 < white < math.inf, "a finite white above 0", white, "take 1, 2 or 255")
     require(images.shape == rebuilt.shape, "two sets of one shape (n, C, H, W)", f"{tuple(images.shape)} and {tuple(rebuilt.shape)}", "pair each image with its own reconstruction")
     require(len(images), "at least one image", "none", "give some")
     for x in (images, rebuilt):
@@ -40,16 +43,18 @@ def reconstruction_error(images, rebuilt, white=1.):
 def root(cov):
     "Symmetric square root of a covariance (D, D)."
     values, vectors = torch.linalg.eigh(cov)
-    require(values[0] >= -1e-5 * values[-1].abs(), "a covariance, without negative eigenvalues", f"{values[0]:.3g} beside {values[-1]:.3g}", "estimate it from features with statistics()")
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 # %% ../../nbs/metrics/31_quality.ipynb #69388e10
 def gaussian(mean, cov):
     "A mean (D,) and a covariance (D, D) as float64 tensors on the CPU, or one line that says what is wrong with them."
-    mean, cov = torch.as_tensor(mean).double().cpu(), torch.as_tensor(cov).double().cpu()
+    mean, cov = _native(mean).double().cpu(), _native(cov).double().cpu()
     require(mean.ndim == 1 and cov.shape == 2 * mean.shape, "a mean (D,) and a covariance (D, D)", f"{tuple(mean.shape)} and {tuple(cov.shape)}", "pass both from one set of features")
     require(mean.isfinite().all() and cov.isfinite().all(), "a finite mean and covariance", "NaN or infinity", "look at the features they come from")
     require((cov - cov.T).abs().max() <= 1e-5 * cov.diagonal().abs().max(), "a symmetric covariance", "another matrix", "estimate it from features with statistics()")
+    unit = cov / cov.diagonal().abs().max().clamp(min=torch.finfo(cov.dtype).tiny)
+    slack = (1e-5 * unit.norm()).clamp(min=1e-5) * torch.eye(len(cov), dtype=cov.dtype)          # for rounding; Cholesky fails on a negative eigenvalue, and is much faster than finding all
+    require(torch.linalg.cholesky_ex(unit + slack).info == 0, "a covariance, without negative eigenvalues", "a matrix with one", "estimate it from features with statistics()")
     return mean, cov
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -70,8 +75,8 @@ class Statistics(NamedTuple):
 
 def check_features(x):
     "Features (n, D) as float64, or one line that says what is wrong with them."
-    x = torch.as_tensor(x)
-    require(x.ndim == 2 and x.is_floating_point(), "features (n, D) of floats", f"{x.dtype} {tuple(x.shape)}", "make them with features(images, network)")
+    x = _native(x)
+    require(len(x.shape) == 2 and x.shape[1] > 0 and x.dtype.is_floating_point, "features (n, D) of floats", f"{x.dtype} {tuple(x.shape)}", "make them with features(images, network)")
     require(len(x) >= 2, "features of at least 2 images", len(x), "give more images, thousands if you can")
     bad = int((~x.isfinite()).any(1).sum())
     require(not bad, "finite features", f"NaN or infinity for {bad} of {len(x)} images", "look at these images and at the network")
@@ -112,7 +117,9 @@ class Network(torch.nn.Module):
     def forward(self, x): return self.net((x - 128) / 128).flatten(1)
 
 def features(images, network, resize="clean", batch=64, show=True):
-    "uint8 images (n, C, H, W), C = 1 or 3, a tensor or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar."
+    "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar."
+    if isinstance(images, np.ndarray): images = _native(images)
+    _at_least(1, batch=batch)
     require(getattr(images, "dtype", None) == torch.uint8, "uint8 images from 0 to 255", getattr(images, "dtype", type(images).__name__), "convert with to_uint8")
     require(len(images.shape) == 4 and images.shape[1] in (1, 3), "images (n, C, H, W) with C = 1 or 3", tuple(images.shape), "add the missing axis")
     require(len(images), "at least one image", "none", "give some")
@@ -143,7 +150,7 @@ def download(url=URL, known=KNOWN):
     try:
         with urllib.request.urlopen(url, timeout=30) as answer, progress_bar(total=int(answer.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=path.name) as bar:
             while part := answer.read(1 << 20): raw.write(part); bar.update(len(part))
-    except OSError as err: raise FileNotFoundError(f"expected the Inception network of FID, found none here and no way to fetch it ({err}): {GET}") from None
+    except (OSError, http.client.HTTPException) as err: raise FileNotFoundError(f"expected the Inception network of FID, found none here and no way to fetch it ({err}): {GET}") from None
     digest = hashlib.sha256(raw.getbuffer()).hexdigest()
     require(digest in known, f"the known network at {url}", f"other content, sha256 {digest}", GET)
     with atomic(path) as tmp: tmp.write_bytes(raw.getbuffer())
@@ -191,7 +198,7 @@ def fid(reference, images, network=None, resize="clean", batch=64):
 
     With `inception()` and 'clean' resize it is clean-fid's number. It is biased upwards by about `fid_bias`."""
     sides = []
-    for x in (reference, images):
+    for x in (x if isinstance(x, Statistics) else _native(x) for x in (reference, images)):
         if not isinstance(x, Statistics) and len(x.shape) == 4:
             require(network is not None, "a network to look at images with", "none", "pass inception() or statistics")
             x = features(x, network, resize, batch), {"network": network.identity, "resize": resize}
@@ -229,6 +236,7 @@ def fingerprint(images, batch=1024):
 
 def reference(images, network, path, data, split, resize="clean", batch=64):
     "`Statistics` of a reference set, read from `path` if it is there and was made from just these images in just this way, else computed and written there."
+    images = _native(images)
     facts = {"data": data, "split": split, "pixels": fingerprint(images), "resize": resize, "network": network.identity}
     if Path(path).exists(): return load_statistics(path, n=len(images), **facts)
     stats = statistics(features(images, network, resize, batch), **facts)
@@ -241,7 +249,7 @@ def published(name, resolution, split="train"):
     require(importlib.util.find_spec("cleanfid"), "clean-fid", "none installed", "pip install 'disdiff-tutorial[fid]'", ImportError)
     from cleanfid.features import get_reference_statistics
     try: mean, cov = get_reference_statistics(name, resolution, mode="clean", split=split)
-    except OSError as err: raise FileNotFoundError(f"expected clean-fid's statistics of {name} {resolution} {split}, found none to fetch ({err}): check the name, or make your own with reference()") from None
+    except (OSError, http.client.HTTPException) as err: raise FileNotFoundError(f"expected clean-fid's statistics of {name} {resolution} {split}, found none to fetch ({err}): check the name, or make your own with reference()") from None
     return Statistics(*gaussian(mean, cov), None, {"data": f"{name} {resolution}", "split": split, "resize": "clean", "network": DOWNLOADED})
 
 # %% ../../nbs/metrics/31_quality.ipynb #06a571d3
@@ -249,7 +257,9 @@ def fid_bias(cov, n, m=math.inf):
     """How much FID overestimates, for Gaussian features with covariance (D, D), `n` images and `m` of reference, to first order in 1/n and 1/m -> float.
 
     Holds for n and m far above D, near equal distributions: a little too small where n is near D, far too large where n is far below."""
-    values = torch.linalg.eigvalsh(gaussian(torch.zeros(len(cov)), cov)[1]).clamp(min=0)
+    require(n > 0 and m > 0, "numbers of images above 0", f"{n} and {m}", "give those behind your FID")
+    cov = _native(cov)
+    values = torch.linalg.eigvalsh(gaussian(torch.zeros(cov.shape[:1]), cov)[1]).clamp(min=0)
     pairs = values[:, None] + values
     together = (values[:, None] * values / pairs.clamp(min=torch.finfo(pairs.dtype).tiny)).sum() / 2
     return ((1.25 * values.sum() + together) * (1 / n + 1 / m)).item()
@@ -265,7 +275,9 @@ def mmd(x, y):
     x, y = check_features(x), check_features(y)
     require(x.shape[1] == y.shape[1], "features of one dimension", f"{x.shape[1]} and {y.shape[1]}", "use the same network for both")
     def others(z): k = kernel(z, z); return (k.sum() - k.trace()) / (len(z) * (len(z) - 1))
-    return (others(x) + others(y) - 2 * kernel(x, y).mean()).item()
+    value = (others(x) + others(y) - 2 * kernel(x, y).mean()).item()
+    require(math.isfinite(value), "features whose cubes are finite", f"{value}, from features up to {max(x.abs().max(), y.abs().max()):.3g}", "scale both sets alike")
+    return value
 
 # %% ../../nbs/metrics/31_quality.ipynb #b2ed05b8
 class KID(NamedTuple):
@@ -288,8 +300,8 @@ def kid(x, y, subsets=100, size=None, seed=0, show=True):
     `size` of a subset: default 1,000, or all if there are fewer, as in clean-fid. `spread` is over subsets, which share images: it is not the error of `value`."""
     x, y = check_features(x), check_features(y)
     most = min(len(x), len(y)); size = min(1000, most) if size is None else size
-    require(2 <= size <= most, f"a subset size from 2 to {most}", size, "choose another, or give more images")
-    require(subsets >= 1, "at least one subset", subsets, "choose more")
+    require(isinstance(size, int) and 2 <= size <= most, f"a subset size from 2 to {most}", size, "choose another, or give more images")
+    require(isinstance(subsets, int) and subsets >= 1, "at least one subset", subsets, "choose more")
     scores = torch.tensor([mmd(x[a.to(x.device)], y[b.to(y.device)]) for a, b in progress_bar(subset_pairs(len(x), len(y), subsets, size, seed), show, desc="kid", delay=1)], dtype=torch.float64)
     return KID(scores.mean().item(), scores.std(correction=0).item(), subsets, size)
 

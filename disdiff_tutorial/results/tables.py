@@ -301,7 +301,7 @@ def comparison_experiment(config, method, world):
     "One of `METHODS` on one of `WORLDS`, every method with the same number of pictures: `Config` -> `Record`; beside it eight pictures, as they are and drawn from their codes."
     require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method), "choose one of these")
     require(world in WORLDS, f"a world among {', '.join(WORLDS)}", repr(world), "choose one of these")
-    sizes, data = by_scale(config.scale, **BUDGET), WORLDS[world]()
+    sizes, data = config.sizes(**BUDGET), WORLDS[world]()
     seed_everything(config.seed)
     record = config.record(method=method, world=world, **sizes)
     done, seconds = clocked(config, lambda: METHODS[method](data, sizes, config.seed, config.train))
