@@ -477,6 +477,7 @@ def parser():
 def main(argv=None):
     "The `disdiff` command. Our errors come as one line with exit code 2; anything else is a bug and keeps its traceback."
     args = parser().parse_args(argv)
-    try: args.do(args)
+    try: args.do(args); sys.stdout.flush()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141)       # the reader has gone, as in `disdiff list | head -1`
     except (ValueError, OSError, FloatingPointError) as err:
         print(f"disdiff: {err}", file=sys.stderr); sys.exit(2)

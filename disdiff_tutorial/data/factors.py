@@ -144,7 +144,7 @@ class FactorData:
 
     def sample(self, n, generator=None, fixed=None, among=None):
         "`n` random images and their factors, both on the device; `fixed` and `among` as in `FactorGrid.sample`."
-        factors = self.grid.sample(n, generator, fixed, among).to(self.device)
+        factors = self.grid.sample(n, generator, fixed, among).to(self.device, non_blocking=True)      # a GPU need not be waited for
         return self.render(factors), factors
 
     def batches(self, size, seed=0, fixed=None, among=None):
