@@ -23,9 +23,9 @@ def badges(name, cells):
     "The line of a chapter: `name` is its path in nbs without ending."
     record = json.loads((ROOT / "data/records/book-cpu-s0.json").read_text())
     seconds = record["metrics"].get(f"seconds, {name}")
-    runs = f' <span class="badge bg-secondary">runs {duration(seconds["value"])} at cpu</span>' if seconds else ""
+    runs = f' · <span class="badge bg-secondary">runs {duration(seconds["value"])} at cpu</span>' if seconds else ""
     link = f"https://colab.research.google.com/github/{facts['user']}/{facts['repo']}/blob/{facts['branch']}/nbs/{name}.ipynb"
-    return f'<span class="badge bg-secondary">{minutes(cells)} min to read</span>{runs} [open in Colab]({link}) · in JupyterLab: `make lab`'
+    return f'<span class="badge bg-secondary">{minutes(cells)} min to read</span>{runs} · [open in Colab]({link}) · in JupyterLab: `make lab`'
 
 def dressed(name, cells):
     "The cells of a chapter with both in place."

@@ -1,12 +1,11 @@
 "The networks, data and files of scale `gpu`, on a CPU: two steps on batches of two, then everything that follows training; and the plans of data/plans."
-import importlib, json, subprocess, sys
+import json
 import pytest
 import torch
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 
 FEW = dict(batch=2, size=2, frozen=2, steps=2, vae_steps=2, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=4, judged=0, evaluations=2)
-MODULES = ["digits", "lcgdm.factorvae", "lcgdm.latent_guidance", "lcgdm.scaling", "ivae.ivae_ddpm", "dyga.latent_diffusion", "dyga.skip_dropout", "dyga.disdiff", "components.decomposition"]
 NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
          "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/digits"]
 SIZES = {}                                                             # what was asked for at gpu, before it was cut
@@ -14,13 +13,13 @@ SIZES = {}                                                             # what wa
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     "Sizes of `gpu` with networks whole and all counts small; no data sets on disk; scores that need scikit-learn wait."
-    def by_scale(at=None, **values):
-        sizes = core.by_scale(at, **values)
-        if not isinstance(sizes, dict): return sizes
+    whole = core.Config.sizes
+    def sizes(self, **values):
+        sizes = whole(self, **values)
         SIZES.update(sizes)
         few = {k: FEW[k] for k in sizes if k in FEW and not (k == "size" and "images" in sizes)} | ({"points": 8} if "encoder" in sizes else {})
         return sizes | few | ({"few": True} if "hidden" in sizes else {})                 # not the codes of 480,000 pictures
-    for name in MODULES: monkeypatch.setattr(importlib.import_module(f"disdiff_tutorial.{name}"), "by_scale", by_scale)
+    monkeypatch.setattr(core.Config, "sizes", sizes)
     monkeypatch.setenv("DISDIFF_DATA", str(tmp_path / "data")); monkeypatch.setenv("DISDIFF_LATER", "1")
     SIZES.clear()
 
