@@ -26,7 +26,7 @@ lab: .venv/notebooks
 	$(BIN)/jupyter lab nbs
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --benchmark-disable
 
 bench: .venv/dev  # times our network and training beside diffusers' and lucidrains'; on an idle machine, about 20 minutes
 	$(BIN)/pytest -s --benchmark-enable tests/benchmarks
