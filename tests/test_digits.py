@@ -47,7 +47,7 @@ def test_all_goes_to_the_device_of_the_net():
 def test_experiment_runs_offline_at_smoke(offline, tmp_path):
     record = run("diffusion/digits", "smoke", out=tmp_path)
     assert record.config["data"] == "digits" and record.config["steps"] == module.SIZES["smoke"]["steps"]
-    assert sorted(p.name for p in tmp_path.glob("*.*")) == ["diffusion-digits-smoke-s0.json", "diffusion-digits-smoke-s0.safetensors"]   # no checkpoint left
+    assert sorted(p.name for p in tmp_path.glob("*.*")) == [f"diffusion-digits-smoke-s0.{end}" for end in ("json", "png", "safetensors")]   # no checkpoint left
     net, reader = module.load(record)
     assert module.draw(net, torch.arange(4), evaluations=3).shape == (4, 1, 28, 28) and not net.training
     assert module.read(reader, to_float(files.digits("test").images[:3])).shape == (3, 11)
