@@ -323,6 +323,7 @@ def plain(nb):
             c.source = re.sub(r'^::: *\{\.callout[\w-]*(?: title="([^"]*)")?[^}]*\} *$', lambda m: f'<div class="callout">\n\n**{m[1] or "Note"}**\n', c.source, flags=re.M)
             c.source = re.sub(r"^::: *$", "\n</div>\n", c.source, flags=re.M)
             c.source = re.sub(r"^(#+ .*?)\s*\{#([\w-]+)[^}]*\} *$", r'<a id="\2"></a>\n\n\1', c.source, flags=re.M)
+            c.source = re.sub(r"^##+ (?!.*\{#)(.+)$", lambda m: f'<a id="{re.sub(chr(32), chr(45), re.sub(r"[^a-z0-9 _.-]", "", m[1].lower()).strip())}"></a>\n\n{m[0]}', c.source, flags=re.M)      # the id that Quarto gives a heading
             c.source = re.sub(r"\[@([a-z]+)(\d{4})\w*\]", lambda m: f"({m[1].title()} {m[2]})", c.source)                     # a citation, [@kim2018]
             c.source = re.sub(r"(?<![\w`])@([a-z]+)(\d{4})\w*", lambda m: f"{m[1].title()} ({m[2]})", c.source)
         else:

@@ -52,7 +52,7 @@ def test_a_chapter_with_named_headings_boxes_and_solutions(page, screen, kept):
     page.goto(kept("data/11_sprites"))
     lost = page.eval_on_selector_all("main a[href^='#']", "all => all.map(a => a.getAttribute('href').slice(1)).filter(id => id && !document.getElementById(id) && !document.getElementById(decodeURIComponent(id)))")
     assert page.locator("main a[href='#sec-degeneracy']").count() and not lost
-    box = page.locator("main .callout"); box.scroll_into_view_if_needed(); screen(page, "page-box")
+    box = page.locator("main .callout").first; box.scroll_into_view_if_needed(); screen(page, "page-box")
     title = re.search(r'::: \{\.callout-note title=\\"(.*?)\\"', (NBS / "data/11_sprites.ipynb").read_text())[1]
     assert box.inner_text().startswith(title) and len(box.inner_text()) > len(title) + 200
     folded = page.locator("main details")
