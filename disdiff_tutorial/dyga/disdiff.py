@@ -127,8 +127,8 @@ class DisDiff(LatentDiffusion):
         return noise.mean() + self.weight * game_loss(*rest)
 
 # %% ../../nbs/dyga/65_disdiff.ipynb #5ad10491
-DISDIFF = dict(smoke=dict(before=4, steps=8, batch=8, width=16, extractor=8, units=4, dim=8, every=4, pool=100, points=300),
-               cpu=dict(before=1000, steps=1400, batch=16, width=32, extractor=16, units=6, dim=16, every=300, pool=4000, points=3000),
+DISDIFF = dict(smoke=dict(before=4, steps=8, batch=8, frozen=32, width=16, extractor=8, units=4, dim=8, every=4, pool=100, points=300),
+               cpu=dict(before=1000, steps=1400, batch=16, frozen=32, width=32, extractor=16, units=6, dim=16, every=300, pool=4000, points=3000),
                gpu=dict(before=6000, steps=8000, batch=128, frozen=256, width=64, extractor=32, units=6, dim=16, every=1000, pool=4096, points=3000))
 
 def build(width, extractor, units, dim, anchors=None, weight=1., every=0, **_):
@@ -154,7 +154,7 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     model = build(**how).to(data.device)
     if skip: SkipDropout(skip).attach(model.net.decoder)
     net, record = model.net.net.requires_grad_(True), config.record(lr=2e-3, lr_extractor=1e-3, **how)
-    first = config.train("frozen", lambda **kind: fit(lambda x, *_: dsm_loss(net, to_float(x), net.sde, None, v_weight, middle_time), net, data.batches(sizes.get("frozen", 32), config.seed), lr=2e-3, **kind), sizes["before"])
+    first = config.train("frozen", lambda **kind: fit(lambda x, *_: dsm_loss(net, to_float(x), net.sde, None, v_weight, middle_time), net, data.batches(sizes["frozen"], config.seed), lr=2e-3, **kind), sizes["before"])
     net.requires_grad_(False); model.net.begin()
     done = config.train("units", lambda **kind: model.fit(data, size=sizes["batch"], lr={"": 2e-3, "extractor": 1e-3}, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
     record.curves, record.images = {"frozen": first.curve, "loss": done.curve}, first.images + done.images

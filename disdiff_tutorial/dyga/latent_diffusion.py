@@ -159,7 +159,7 @@ class VQGAN(nn.Module):
         return model.eval().requires_grad_(False)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #32b0b407
-VQ = dict(smoke=dict(steps=6, width=8, size=64, images=64), cpu=dict(steps=900, width=16, size=512, images=1000))
+VQ = dict(smoke=dict(steps=6, batch=16, width=8, size=64, images=64), cpu=dict(steps=900, batch=16, width=16, size=512, images=1000))
 VQ_SCENES = dict(smoke=dict(steps=2, width=8, size=64, images=16, batch=4), gpu=dict(steps=20_000, width=32, size=2048, images=2000, batch=64))     # 64 x 64
 
 def vqgan_experiment(config, whole=False):
@@ -167,8 +167,8 @@ def vqgan_experiment(config, whole=False):
     sizes, data = config.sizes(**(VQ_SCENES if whole else VQ)), Scenes(64) if whole else rooms()
     seed_everything(config.seed)
     model = VQGAN(width=sizes["width"], size=sizes["size"]).to(data.device)
-    done = config.train("net", lambda **kind: model.fit(data, size=sizes.get("batch", 16), seed=config.seed, **kind), sizes["steps"])
-    record = config.record(lr=1e-3, **{"batch": 16} | sizes)
+    done = config.train("net", lambda **kind: model.fit(data, size=sizes["batch"], seed=config.seed, **kind), sizes["steps"])
+    record = config.record(lr=1e-3, **sizes)
     record.curves["loss"], record.images = done.curve, done.images
     x, _ = data.sample(sizes["images"], torch.Generator().manual_seed(config.seed))
     with torch.no_grad(): y, _, who = (torch.cat(parts) if parts[0].ndim else None for parts in zip(*(model.eval().rebuild(part) for part in x.split(1000))))
@@ -288,7 +288,7 @@ class LatentDiffusion(nn.Module):
         return z.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(z)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #32df4899
-ROOMS = dict(smoke=dict(steps=8, width=16, extractor=8, units=6, dim=8, every=4, pool=100, points=300), cpu=dict(steps=5000, width=32, extractor=16, units=10, dim=16, every=500, pool=4000, points=3000))
+ROOMS = dict(smoke=dict(steps=8, batch=32, width=16, extractor=8, units=6, dim=8, every=4, pool=100, points=300), cpu=dict(steps=5000, batch=32, width=32, extractor=16, units=10, dim=16, every=500, pool=4000, points=3000))
 SCENES = dict(smoke=dict(steps=4, width=16, extractor=8, units=4, dim=4, every=2, pool=64, points=100, batch=8, side=64, hidden=32, few=True),
               gpu=dict(steps=15_000, width=64, extractor=32, units=20, dim=32, every=1500, pool=10_240, points=10_000, batch=512, side=64, hidden=512))
 
@@ -312,8 +312,8 @@ def rooms_experiment(config, change=None, whole=False, **how):
     seed_everything(config.seed)
     model = build(**shape_of(sizes)).to(data.device)
     if change: change(model, sizes); model.to(data.device)
-    done = config.train("net", lambda **kind: model.fit(data, size=sizes.get("batch", 32), lr=2e-3, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
-    record = config.record(lr=2e-3, **{"batch": 32} | sizes, **how)
+    done = config.train("net", lambda **kind: model.fit(data, size=sizes["batch"], lr=2e-3, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
+    record = config.record(lr=2e-3, **sizes, **how)
     record.curves["loss"], record.images = done.curve, done.images
     look(record, model.eval(), data)
     note_scores(record, model.encode, data, sizes["points"])

@@ -146,7 +146,7 @@ VARIANTS = {"none": (SkipDropout, dict(rate=0.)), "skip 0.1": (SkipDropout, dict
             "all levels 0.2": (SkipDropout, dict(rate=.2, levels="all")), "free level 0.2": (SkipDropout, dict(rate=.2, levels="free")),
             "unscaled 0.2": (SkipDropout, dict(rate=.2, rescale=False)), "backbone 0.1": (BackboneDropout, dict(rate=.1))}
 PROBED = ("none", "skip 0.2", "backbone 0.1")
-SKIPS = dict(smoke=dict(steps=4, width=8, points=60, held=40, times=3), cpu=dict(steps=800, width=16, points=1600, held=400, times=10),
+SKIPS = dict(smoke=dict(steps=4, batch=32, width=8, points=60, held=40, times=3), cpu=dict(steps=800, batch=32, width=16, points=1600, held=400, times=10),
              gpu=dict(steps=6000, width=64, batch=256, points=1600, held=400, times=10))
 
 def hear(record, label, net, x, conds, times):
@@ -174,11 +174,11 @@ def skips_experiment(config):
     "All of `VARIANTS` trained on the rooms with notes that are never wrong, and looked at: `Config` -> `Record`. Goes on where it was killed."
     sizes, data = config.sizes(**SKIPS), rooms()
     split, times = data.grid.split(.1, 0), torch.linspace(.05, .95, sizes["times"]).tolist()
-    record = config.record(lr=2e-3, drop=.1, sides=[16, 8, 4], crossed=[0, 1], **{"batch": 32} | sizes)
+    record = config.record(lr=2e-3, drop=.1, sides=[16, 8, 4], crossed=[0, 1], **sizes)
     f, unseen = (data.grid.factors(part.to(data.device)) for part in (split.train, split.test[:sizes["held"]]))
     other = data.grid.sample(len(unseen), torch.Generator().manual_seed(100 * config.seed), among=split.test).to(data.device)
     x, conds = to_float(data.images(unseen)), {"right": tokens(unseen, data.grid), "wrong": tokens(other, data.grid), "null": None}
-    batches = Batches(data.images(f), tokens(f, data.grid), size=sizes.get("batch", 32), seed=config.seed)
+    batches = Batches(data.images(f), tokens(f, data.grid), size=sizes["batch"], seed=config.seed)
     so_far = config.out / "parts" / f"{record.stem}.json"
     if so_far.exists(): record = Record.load(so_far)
     for name, (Dropout, how) in VARIANTS.items():

@@ -65,7 +65,7 @@ def beta_time(a=3., b=1.):
     def time(n, device=None): return T_MIN + (1 - T_MIN) * torch.distributions.Beta(a, b).sample((n,)).to(device or "cpu")
     return time
 
-ROOMS = dict(smoke=dict(steps=12, width=16, cnn=8, points=400), cpu=dict(steps=2000, width=32, cnn=32, points=3000))
+ROOMS = dict(smoke=dict(steps=12, batch=32, width=16, cnn=8, points=400), cpu=dict(steps=2000, batch=32, width=32, cnn=32, points=3000))
 SCENES = dict(smoke=dict(steps=2, width=16, cnn=8, points=100, batch=8, stem=4, pictures=100), gpu=dict(steps=20_000, width=64, cnn=32, points=10_000, batch=256, stem=4, pictures=480_000))     # 64 x 64; the paper: ten epochs of all
 MODELS = {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM": {}, "iVAE + DDPM, weighted": dict(time=middle_time, weighting=v_weight), "no reconstruction": dict(rec=0.), "no reconstruction, towards noise": dict(rec=0., time=beta_time())}
 
@@ -82,12 +82,12 @@ def rooms_experiment(config, model="iVAE + DDPM", whole=False):
     seed_everything(config.seed)
     factors = data.grid.factors(index.to(data.device))
     u = sample_variance(centred(factors, data.grid))
-    aux, batch = how.pop("aux", u.shape[1]), sizes.get("batch", 32)
+    aux = how.pop("aux", u.shape[1])
     net = build(data.shape, aux, sizes["width"], sizes["cnn"], stem=sizes.get("stem", 2), **how).to(data.device)
     times = {k: how[k] for k in ("time", "weighting") if k in how}
     images = data.images(factors)
-    done = config.train("net", lambda **kind: net.fit(images, u, size=batch, lr=1e-3, seed=config.seed, **times, **kind), sizes["steps"])
-    record = config.record(model=model, lr=1e-3, aux=aux, lambda_rec=how.get("rec", .1), lambda_KL=1e-4, **{"batch": batch} | sizes)
+    done = config.train("net", lambda **kind: net.fit(images, u, size=sizes["batch"], lr=1e-3, seed=config.seed, **times, **kind), sizes["steps"])
+    record = config.record(model=model, lr=1e-3, aux=aux, lambda_rec=how.get("rec", .1), lambda_KL=1e-4, **sizes)
     record.curves["loss"], record.images = done.curve, done.images
     look(record, net.eval(), images[:16])
     tables = seen(net.encode, data, sizes["points"], config.seed)

@@ -148,11 +148,11 @@ def best_overlap(images, table):
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #51052356
 SPRITES = dict(
-    smoke=dict(vae_steps=30, steps=20, width=16, points=300, samples=16, evaluations=4, judged=0),
-    cpu=dict(vae_steps=12_000, steps=3000, width=32, points=10_000, samples=500, evaluations=20, judged=500),
+    smoke=dict(vae_steps=30, steps=20, batch=32, width=16, points=300, samples=16, evaluations=4, judged=0),
+    cpu=dict(vae_steps=12_000, steps=3000, batch=32, width=32, points=10_000, samples=500, evaluations=20, judged=500),
     gpu=dict(vae_steps=24_000, steps=10_000, width=64, batch=256, points=10_000, samples=2000, evaluations=20, judged=10_000))
 DSPRITES = dict(
-    smoke=dict(vae_steps=2, steps=2, width=16, points=100, samples=4, evaluations=2, judged=0),
+    smoke=dict(vae_steps=2, steps=2, batch=32, width=16, points=100, samples=4, evaluations=2, judged=0),
     gpu=dict(vae_steps=100_000, steps=20_000, width=64, batch=256, points=10_000, samples=2000, evaluations=20, judged=50_000))
 
 def worlds(whole, gamma, dear):
@@ -166,11 +166,11 @@ def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=Fals
     sizes = config.sizes(**(DSPRITES if whole else SPRITES))
     seed_everything(config.seed)
     data, small, vae, how = worlds(whole, gamma, dear)
-    record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, truncated=truncated, **{"batch": 32} | sizes)
+    record = config.record(gamma=gamma, dear=dear, drop=.1, pretrain=.3, truncated=truncated, **sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, small, steps, seed=config.seed, **how, **kind), sizes["vae_steps"])
     model = LCGDM(vae, data.shape, vae.codes, shrink=1 if whole else 2, width=sizes["width"]).to(data.device)
     times = dict(time=soft_truncation(), weighting=unit) if truncated else {}
-    stages = config.train("net", lambda **kind: model.fit(data, size=sizes.get("batch", 32), seed=config.seed, **times, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(data, size=sizes["batch"], seed=config.seed, **times, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net, no code": stages[0].curve, "score net, with code": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     measure(record, model.eval(), data, sizes)

@@ -22,8 +22,8 @@ from ..metrics.quality import note_quality
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #5b2662b0
 DIGITS = dict(
-    smoke=dict(vae_steps=20, steps=15, width=16, samples=8, evaluations=4, scales=[0., 3.]),
-    cpu=dict(vae_steps=5000, steps=3500, width=32, samples=50, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]),
+    smoke=dict(vae_steps=20, steps=15, batch=32, width=16, samples=8, evaluations=4, scales=[0., 3.]),
+    cpu=dict(vae_steps=5000, steps=3500, batch=32, width=32, samples=50, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]),
     gpu=dict(vae_steps=30_000, steps=15_000, width=64, batch=256, samples=1000, evaluations=20, scales=[0., .5, 1., 2., 3., 5.]))
 ASKED = (-2., -1., 0., 1., 2.)      # values that a number of the code is set to
 
@@ -58,11 +58,11 @@ def digits_experiment(config, zeros=False):
     images = train.images.to(where)
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), hidden=(256, 256), gamma=20., width=128, depth=3, share=1 / 3).to(where)
-    record = config.record(data=train.name, gamma=20., lr=2e-3, drop=.2, pretrain=.3, zeros=zeros, **{"batch": 32} | sizes)
+    record = config.record(data=train.name, gamma=20., lr=2e-3, drop=.2, pretrain=.3, zeros=zeros, **sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, images, steps, seed=config.seed, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
     if zeros: model.net.null.requires_grad_(False).zero_()
-    stages = config.train("net", lambda **kind: model.fit(images, size=sizes.get("batch", 32), drop=.2, seed=config.seed, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(images, size=sizes["batch"], drop=.2, seed=config.seed, **kind), sizes["steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
     record.images = first.images + sum(s.images for s in stages)
     scan(record, model.eval(), images, sizes)
@@ -109,9 +109,9 @@ class CodePrior(nn.Module):
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #ea4a9483
 FACES = dict(
-    smoke=dict(vae_steps=15, steps=10, prior_steps=10, width=16, samples=8, judged=0, evaluations=4),
-    cpu=dict(vae_steps=1500, steps=1500, prior_steps=2000, width=32, samples=400, judged=200, evaluations=20),
-    long=dict(vae_steps=4000, steps=5000, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25),
+    smoke=dict(vae_steps=15, steps=10, batch=32, prior_steps=10, width=16, samples=8, judged=0, evaluations=4),
+    cpu=dict(vae_steps=1500, steps=1500, batch=32, prior_steps=2000, width=32, samples=400, judged=200, evaluations=20),
+    long=dict(vae_steps=4000, steps=5000, batch=32, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25),
     gpu=dict(vae_steps=30_000, steps=15_000, prior_steps=10_000, width=64, batch=256, side=64, samples=10_000, judged=1300, evaluations=25))
 
 def faces(side=32):
@@ -141,10 +141,10 @@ def faces_experiment(config):
     test, train = images[::10], images[torch.arange(len(images)) % 10 > 0]
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), gamma=20., width=256, depth=3, share=1 / 3).to(where)
-    record = config.record(data=name, gamma=20., lr=2e-3, drop=.1, pretrain=.3, **{"batch": 32} | sizes)
+    record = config.record(data=name, gamma=20., lr=2e-3, drop=.1, pretrain=.3, **sizes)
     first = config.train("vae", lambda steps, **kind: learn(vae, train, steps, seed=config.seed, lr=5e-4, **kind), sizes["vae_steps"])
     model = LCGDM(vae, images.shape[1:], vae.codes, width=sizes["width"]).to(where)
-    stages = config.train("net", lambda **kind: model.fit(train, size=sizes.get("batch", 32), seed=config.seed, **kind), sizes["steps"])
+    stages = config.train("net", lambda **kind: model.fit(train, size=sizes["batch"], seed=config.seed, **kind), sizes["steps"])
     prior = CodePrior(model.codes).to(where)
     config.train("prior", lambda **kind: prior.learn(lambda n: model.draw_codes(train[torch.randint(len(train), (n,), device=where)]), **kind), sizes["prior_steps"])
     record.curves.update({"FactorVAE": first.curve, "score net": stages[1].curve})
