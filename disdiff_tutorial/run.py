@@ -448,6 +448,7 @@ def notebooks_command(args):
     rows = run_notebooks(checkout() / "nbs", checkout() / "_run", args.scale)
     book_record(rows, args.scale or scale()).save(runs_dir())
 
+# %% ../nbs/02_run.ipynb #ed3833be
 def parser():
     "The parser of the `disdiff` command."
     top = argparse.ArgumentParser(prog="disdiff", description="Diffusion-based disentangled representations: experiments, notebooks, data.")

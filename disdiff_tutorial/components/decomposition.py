@@ -205,6 +205,7 @@ def measure(record, model, x, evaluations):
     t = uniform_time(len(x0), x0.device); weight = picture_weight(model.sde, t)
     note("picture loss", model.term(x0, t, weight, model.encode(x))); note("picture loss, unconditional", model.term(x0, t, weight, None))
 
+# %% ../../nbs/components/70_decomposition.ipynb #1b2f7c35
 def rooms_experiment(config, k=3, **how):
     "Components of the rooms; a tenth of the combinations is held out: `Config` -> `Record`. `how`: `apart` and `once` as in `build`, options of `ComponentScore.loss`."
     data = rooms()

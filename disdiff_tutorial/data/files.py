@@ -636,6 +636,7 @@ def in_zip(path):
         with naming(path, "a whole zip file"), z.open(name) as f: return bytes(read_at_most(f, PICTURE))
     return sorted(n for n in z.namelist() if n.lower().endswith(ENDINGS) and not n.rsplit("/", 1)[-1].startswith(".")), fetch
 
+# %% ../../nbs/data/13_files.ipynb #a5653670
 def lmdb_head(raw, path):
     "Root page, number of entries and number of pages of an LMDB file, from its first two pages; ValueError unless they are of that format."
     require(len(raw) >= 8192, f"two pages at the start of {short(path)}", f"{len(raw):,} bytes", "get the file again")
@@ -894,6 +895,7 @@ def get(name, root=None):
         if here: verify(here, file)                                             # a download is verified already
     return paths
 
+# %% ../../nbs/data/13_files.ipynb #56d484a2
 class Row(NamedTuple):
     "A line of `table()`; `present` says whether its files, of a size that can be right, lie where `load` looks for them."
     name: str

@@ -320,6 +320,7 @@ def rooms_experiment(config, change=None, whole=False, **how):
     save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, **sizes, **how)
     return record
 
+# %% ../../nbs/dyga/60_latent_diffusion.ipynb #b58c9a0f
 class Coded(FactorData):
     "Codes in the place of images, for metrics that ask for the same picture many times: `encode` goes once over the whole grid of `data`, and each unit becomes one number by its first principal component."
     def __init__(self, encode, data):

@@ -96,6 +96,7 @@ def rooms_experiment(config, model="iVAE + DDPM", whole=False):
     save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() for k, v in net.state_dict().items()}, model=model, shape=list(data.shape), aux=aux, **sizes)
     return record
 
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #03521b23
 def look(record, net, x):
     "Pictures x (n, C, H, W), as they are and drawn again by each decoder of the model, for the sheet of the record."
     z, ivae = net.encode(x), getattr(net, "ivae", net)
