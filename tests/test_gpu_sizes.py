@@ -1,7 +1,8 @@
-"The networks, data and files of scale `gpu`, on a CPU: two steps on batches of two, then everything that follows training; and the plans of data/plans."
+"The networks, data and files of scale `gpu`, on a GPU that is pretended: two steps on batches of two, then everything that follows training; and the plans of data/plans."
 import json
 import pytest
 import torch
+from pretend_gpu import pretend_gpu
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 
@@ -24,8 +25,8 @@ def small(monkeypatch, tmp_path):
     SIZES.clear()
 
 @pytest.mark.parametrize("name", NAMES)
-def test_networks_and_data_of_gpu_fit(name, small, tmp_path):
-    record = runner.run(name, "gpu", out=tmp_path)
+def test_networks_and_data_of_gpu_fit(name, small, tmp_path, monkeypatch):
+    with pretend_gpu(monkeypatch): record = runner.run(name, "gpu", out=tmp_path)
     assert SIZES and (record.metrics or record.waiting) and record.scale == "gpu"
     for path in tmp_path.glob("*.safetensors"):
         if ".codes." not in path.name: assert path.stat().st_size < 13e6, path.stat().st_size      # to ship, and to come back from a lent machine

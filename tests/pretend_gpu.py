@@ -1,0 +1,95 @@
+"""A GPU that is not there: tensors that say they live on `cuda` and compute on the CPU. What a GPU forbids fails here too: an operation on tensors of both kinds, a draw on it from a
+generator of the CPU, `.numpy()` of a tensor on it, operands of two types under autocast. It says nothing about speed, recorded graphs or rounding."""
+import contextlib
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+CUDA, CPU, aten = torch.device("cuda", 0), torch.device("cpu"), torch.ops.aten
+CROSSING = {aten.copy_, aten._to_copy, aten._foreach_copy_}                         # take tensors of both devices
+PLACES = {aten.index, aten.index_put, aten.index_put_}                              # may have places from the CPU
+JOINING = {aten.cat, aten.stack}                                                    # not even numbers, tensors without dimensions, from the CPU
+INNER = {F.one_hot, torch._C._nn.pad_sequence, torch.quantile}                      # inside, C++ makes tensors on the device that it sees
+
+class Pretended(torch.Tensor):
+    "`inner`, a tensor on the CPU, dressed as one on a GPU. Python sees a GPU, torch's C++ the CPU."
+    device, is_cuda = property(lambda self: CUDA), property(lambda self: True)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        out = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=CPU)
+        out.inner = inner
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return compute(func, args, kwargs or {})
+    def __format__(self, how): return format(self.item() if self.ndim == 0 else str(self), how)
+    def __repr__(self): return f"pretended {self.inner!r}"
+
+def has(kind, *trees): return any(isinstance(x, kind) for x in tree_flatten(trees)[0])
+
+def stranger(func, args, kwargs):
+    "The first tensor of the CPU that a GPU would not take beside its own."
+    if func.overloadpacket in CROSSING or not has(Pretended, args, kwargs): return None
+    if func.overloadpacket in PLACES and isinstance(args[0], Pretended): args = (args[0], *args[2:])
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and not isinstance(x, Pretended)]
+    return next((x for x in tensors if x.ndim or func.overloadpacket in JOINING), None)
+
+def compute(func, args, kwargs):
+    "One operation, on the inner tensors; what it makes is pretended where an operand is, or where `device` says so."
+    if (other := stranger(func, args, kwargs)) is not None: raise RuntimeError(f"expected tensors on one device, found cuda and cpu {tuple(other.shape)} in {func}")
+    cuda = has(Pretended, args, kwargs) or "cuda" in str(kwargs.get("device"))      # beside a pretended one, C++ writes "cpu" and means its device
+    leaves, tree = tree_flatten((args, kwargs))
+    for g in leaves:
+        if isinstance(g, torch.Generator) and cuda: raise RuntimeError(f"expected a generator of cuda, found one of {g.device} in {func}")
+    plain, named = tree_unflatten([x.inner if isinstance(x, Pretended) else x for x in leaves], tree)
+    out = func(*plain, **{k: CPU if k == "device" and v is not None else v for k, v in named.items() if k != "pin_memory"})
+    if func._schema.name.endswith("_") or "out" in kwargs: return kwargs.get("out", args[0]) if isinstance(out, torch.Tensor) else out
+    return tree_map_only(torch.Tensor, Pretended, out) if cuda else out
+
+class Sent(TorchDispatchMode):
+    "Sends what is made on `cuda` to `compute`."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return compute(func, args, kwargs or {})
+
+class Leave(torch.autograd.Function):
+    "From the pretended GPU to the CPU."
+    @staticmethod
+    def forward(ctx, x): return x.inner.clone()
+    @staticmethod
+    def backward(ctx, grad): return Pretended(grad)
+
+def to(x, *args, dtype=None, device=None, **kind):
+    "`Tensor.to` by the devices that Python sees."
+    for a in args:
+        if isinstance(a, torch.Tensor): device, dtype = a.device, a.dtype
+        elif isinstance(a, torch.dtype): dtype = a
+        elif isinstance(a, (str, torch.device)): device = torch.device(a)
+    device, dtype = x.device if device is None else torch.device(device), dtype or x.dtype
+    if device.type == x.device.type: return x if dtype == x.dtype and not kind.get("copy") else aten._to_copy(x, dtype=dtype)
+    return aten._to_copy(x, dtype=dtype, device=CUDA) if device.type == "cuda" else Leave.apply(x).to(dtype)
+
+class Rewritten(TorchFunctionMode):
+    "What C++ would decide by the device that it sees."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to: return to(*args, **kwargs)
+        if func is torch.Tensor.cpu: return to(args[0], CPU)
+        if func is torch.Tensor.tolist: return to(args[0], CPU).tolist()
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None: return to(func(*args, **kwargs | {"device": None}), kwargs["device"])
+        if func in INNER and has(Pretended, args): return Pretended(func(*tree_map_only(Pretended, lambda x: x.inner, args), **kwargs))
+        return func(*args, **kwargs)
+
+@contextlib.contextmanager
+def pretend_gpu(monkeypatch):
+    "A `cuda` for all that runs inside."
+    quiet = dict(_lazy_init=lambda: None, is_available=lambda: True, get_device_name=lambda *a: "pretended", synchronize=lambda *a: None, empty_cache=lambda: None,
+                 get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None, manual_seed_all=lambda seed: None, manual_seed=lambda seed: None)
+    for name, value in quiet.items(): monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)             # a parameter that moves becomes another one: they can't change their clothes
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu" if kind == "cuda" else kind, *args, **kwargs))
+    with Sent(), Rewritten(): yield
