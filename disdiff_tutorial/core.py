@@ -54,9 +54,11 @@ def device():
 
 # %% ../nbs/00_core.ipynb #9e0e8d0f
 def check_images(images):
-    "Raise unless `images` has shape (n, C, H, W) with 1 or 3 channels."
+    "Raise unless `images` is a tensor (n, C, H, W) with 1 or 3 channels, of uint8 or floats: other whole numbers would pass for floats."
+    require(torch.is_tensor(images), "a tensor of images", type(images).__name__, "torch.as_tensor(x) makes one")
     require(images.ndim == 4 and images.shape[1] in (1, 3), "images (n, C, H, W) with C = 1 or 3", f"shape {tuple(images.shape)}",
             "add the missing axis, e.g. x[:, None]")
+    require(images.dtype == torch.uint8 or images.is_floating_point(), "uint8 from 0 to 255, or floats in [-1, 1]", images.dtype, "convert with .to(torch.uint8)")
 
 def to_float(images):
     "uint8 images (n, C, H, W) -> float32 in [-1, 1] on the same device; floats pass unchanged."
@@ -64,8 +66,9 @@ def to_float(images):
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 def to_uint8(images):
-    "Images (n, C, H, W) as uint8; floats are taken as [-1, 1] and clipped."
+    "Images (n, C, H, W) as uint8; floats are taken as [-1, 1] and clipped. One line for NaN, which would turn black."
     check_images(images)
+    require(not images.isnan().any(), "numbers in all images", f"NaN in {images.isnan().flatten(1).any(1).sum()} of {len(images)}", "look at what made them")
     return images if images.dtype == torch.uint8 else ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 # %% ../nbs/00_core.ipynb #23369b5f
@@ -205,7 +208,10 @@ class Record:
     def load(cls, path):
         "Read a record; unknown or missing fields give one line, not a traceback of dataclasses."
         path = Path(path)
-        try: return cls(**json.loads(path.read_text()), folder=path.parent)
+        try:
+            record = cls(**json.loads(path.read_text()), folder=path.parent)
+            if record.scale not in SCALES: raise ValueError(f"scale {record.scale!r}")
+            return record
         except (OSError, ValueError, TypeError) as err:
             raise ValueError(f"expected {short(path)} to be a record, found {err}: delete it or make it again") from err
 
@@ -233,7 +239,12 @@ class Config:
     share: float = 1.
     change: dict = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self): self.began, self.cut = time.monotonic(), {}
+    def __post_init__(self):
+        self.began, self.cut = time.monotonic(), {}
+        number, limits = lambda v: isinstance(v, (int, float)), self.within.values() if isinstance(self.within, dict) else [] if self.within is None else [self.within]
+        require(type(self.seed) is int and 0 <= self.seed < 2**32, "a whole seed from 0 to 2^32 - 1", repr(self.seed), "choose another")
+        require(number(self.share) and 0 < self.share <= 1, "a share of the steps above 0, at most 1", repr(self.share), "correct it")
+        require(all(number(v) and v > 0 for v in limits), "within: minutes above 0, or a table of them by part", self.within, "correct it")
 
     def sizes(self, **sizes):
         "The sizes of this scale, as `by_scale` chooses them, with those of `change` in their place; one line for a size that the experiment has not."

@@ -94,7 +94,7 @@ def known(name):
 def records(name=None):
     "All records at hand of one experiment (or of all), best first."
     folders = [runs_dir()] + ([checkout() / "data" / "records"] if checkout() else [])
-    found = [(i, Record.load(p)) for i, folder in enumerate(folders) for p in sorted(Path(folder).glob("*.json"))]
+    found = [(i, Record.load(p)) for i, folder in enumerate(folders) for p in sorted(Path(folder).glob("*.json")) if ".resume" not in p.name]      # that is the clock of a run that was stopped
     found = [(-SCALES.index(r.scale), i, r.seed, r) for i, r in found if name in (None, r.name)]
     return [r for *_, r in sorted(found, key=lambda row: row[:3])]
 
@@ -110,10 +110,11 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
 
     Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
-    What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; give such a run a folder of its own."""
+    What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; such a run needs a folder of its own, `out`, lest it be taken for the scale's."""
     experiment, at = known(name), scale_ or scale()
     require(at in SCALES, f"a scale among {', '.join(SCALES)}", repr(at), "choose one of these")
     require(minutes is None or minutes > 0, "minutes above 0", minutes, "give more")
+    require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
     if not (retrain or out) and (found := records(name)):
         print(describe(found[0], "loaded")); return found[0]
@@ -123,9 +124,10 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
     except Unfinished as stop: note_time(config); print(f"unfinished {stop}; the same call goes on"); return None
     record.seconds = note_time(config)
     if config.cut: record.config["cut"] = config.cut
-    record.save(config.out)
+    record.folder = config.out
     if record.looks: sheet(record)
     if record.waiting: leave(record)
+    record.save(config.out)                                                    # last: where there is a record, nothing of the run is missing
     for path in config.out.glob(f"{record.stem}.*resume*"): path.unlink()      # finished: nothing to go on from
     print(describe(record, "trained")); return record
 
@@ -164,7 +166,9 @@ def leave(record):
 def judge(folder=None):
     "Add to every record in `folder` (default `runs_dir()`) the scores that were left for later; needs scikit-learn. One line a record."
     for path in sorted(Path(folder or runs_dir()).glob("*.codes.safetensors")):
-        record, (tensors, facts) = Record.load(path.with_name(path.name.replace(".codes.safetensors", ".json"))), load_tensors(path)
+        place = path.with_name(path.name.replace(".codes.safetensors", ".json"))
+        if not place.exists(): print(f"{short(path)} has no record: run it again"); continue
+        record, (tensors, facts) = Record.load(place), load_tensors(path)
         for i, task in enumerate(facts["tasks"]):
             require(task["judge"] in JUDGES, f"a judge among {', '.join(JUDGES)}", repr(task["judge"]), f"delete {short(path)} or update this package")
             module, function = JUDGES[task["judge"]]
@@ -220,11 +224,14 @@ def read_plan(path):
     except ImportError: import tomli as tomllib                                # Python 3.10
     require(Path(path).is_file(), "a plan file", short(path), "write one: [[run]], then name = ..., scale = ..., seed = ...")
     try: runs = tomllib.loads(Path(path).read_text()).get("run", [])
-    except tomllib.TOMLDecodeError as err: raise ValueError(f"expected {short(path)} to be TOML, found an error: {err}") from None
-    require(runs, "at least one [[run]]", f"none in {short(path)}", "list the most important first")
+    except ValueError as err: raise ValueError(f"expected {short(path)} to be TOML, found an error: {err}") from None
+    require(type(runs) is list and runs and all(type(entry) is dict for entry in runs), "at least one [[run]]", f"none in {short(path)}", "list the most important first, each below [[run]]")
     for entry in runs:
         require(set(entry) <= PLANNED and "name" in entry, f"a name, and {', '.join(sorted(PLANNED - {'name'}))}", ", ".join(entry), f"mend {short(path)}")
-        known(entry["name"]); require(entry.get("scale", "cpu") in SCALES, f"a scale among {', '.join(SCALES)}", entry.get("scale"), f"mend {short(path)}")
+        known(entry["name"]); require(entry.get("scale", "cpu") in SCALES, f"a scale among {', '.join(SCALES)}", repr(entry.get("scale")), f"mend {short(path)}")
+        reserve = entry.get("reserve", 1)
+        require(isinstance(reserve, (int, float)) and reserve >= 0, "reserve in minutes, 0 or more", repr(reserve), f"mend {short(path)}")
+        Config(entry["name"], "cpu", entry.get("seed", 0), None, Path(), entry.get("within"), entry.get("share", 1.))         # one line for a wrong seed, within or share, before anything runs
     return runs
 
 def planned(entry):
@@ -234,7 +241,7 @@ def planned(entry):
 
 def run_plan(path, minutes=None, out=None, pack_to=None):
     """Run what fits of a plan into `minutes`, skip what is done, go on with what was begun; records and weights go to `out`, and packed to `pack_to` after each run. One line a run; at the end one error for those that failed.
-    On a GPU it begins with `rehearse`, unless `DISDIFF_GRAPHS` is set. An entry with `within` is begun if at least six tenths of the minutes that it asks for are left, and shortened to these."""
+    On a GPU it begins with `rehearse`, unless `DISDIFF_GRAPHS` is set. An entry with `within` is begun if at least six tenths of the minutes that it asks for are left, and shortened to these; should it overrun them all the same, it stops and can go on, as the others do."""
     out, began, failed = Path(out or runs_dir()), time.monotonic(), []
     entries = read_plan(path)
     if torch.cuda.is_available() and "DISDIFF_GRAPHS" not in os.environ: os.environ["DISDIFF_GRAPHS"] = ",".join(rehearse())
@@ -246,7 +253,7 @@ def run_plan(path, minutes=None, out=None, pack_to=None):
         if left is not None and left <= (.6 * planned(entry) if within else entry.get("reserve", 1)): print(f"no time left for {stem}"); continue
         if within and left is not None:
             share = min(1., left / planned(entry))
-            within, left = {k: v * share for k, v in within.items()} if isinstance(within, dict) else within * share, None
+            within = {k: v * share for k, v in within.items()} if isinstance(within, dict) else within * share
         elif left is not None: left -= entry.get("reserve", 1)
         try: run(name, at, seed, left, out, retrain=True, within=within, share=entry.get("share", 1.))
         except (ValueError, OSError, ImportError, FloatingPointError) as err: print(f"failed: {stem}: {err}"); failed.append(stem)
@@ -283,7 +290,7 @@ def unpack(folder, out=None):
             names = [n for n in z.namelist() if Path(n).name == n]
             for name in names:
                 with atomic(out / name) as tmp: tmp.write_bytes(z.read(name))
-    except zipfile.BadZipFile as err: raise ValueError(f"expected whole pieces in {short(folder)}, found {err}: fetch them again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as err: raise ValueError(f"expected whole pieces in {short(folder)}, found {err}: fetch them again") from None
     return [out / name for name in names]
 
 # %% ../nbs/02_run.ipynb #648ddc7e
@@ -313,7 +320,7 @@ def execute(path, on_cell):
 def said(nb):
     "The lines in which `run` told what it trained or loaded, without their metrics."
     text = "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
-    return "; ".join(line.split(" on ")[0] for line in text.splitlines() if line.startswith(("loaded ", "trained ")))
+    return "; ".join(line.split(" on ")[0] for line in text.splitlines() if re.match(r"(loaded|trained) \S+: scale ", line))
 
 # %% ../nbs/02_run.ipynb #68b3a1c9
 def plain(nb):
@@ -382,16 +389,18 @@ def fingerprint(path, at):
 def failure(name, err):
     "What to print when a cell fails: notebook, the cell's source, the error."
     rule = "-" * 18                                          # nbclient puts the source between two of these
-    return f"{name} failed in this cell:\n{rule}{str(err).split(rule)[1]}{rule}\n{err.ename}: {err.evalue}"
+    cell = str(err).split(f"{rule}\n", 1)[1].split(f"\n{rule}\n")[0]         # a rule within a line of the cell is the cell's own
+    return f"{name} failed in this cell:\n{rule}\n{cell}\n{rule}\n{err.ename}: {err.evalue}"
 
 def run_one(path, name, target, key):
     "Execute one notebook, keep it, print its line; returns its row of the table. A failing cell ends the program with that cell."
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     began = time.perf_counter()
     def on_cell(cell, cells):
         if sys.stdout.isatty(): print(f"\r{name:32s} {cell:3d}/{cells} cells {time.perf_counter() - began:6.0f} s", end="", flush=True)
     try: nb, peak = execute(path, on_cell)
     except CellExecutionError as err: raise SystemExit("\n" + failure(name, err)) from None
+    except DeadKernelError: raise SystemExit(f"\n{name}: its Python process died, most often for want of memory: close other programs, or take a smaller scale") from None
     keep(nb, target, Path(path).parent)
     row = dict(name=name, key=key, seconds=time.perf_counter() - began, peak=peak, said=said(nb))
     print(f"\r{name:32s} {len(nb.cells):7d} cells {row['seconds']:6.0f} s {peak:6d} MB  {row['said']}", flush=True)
@@ -426,9 +435,8 @@ def run_notebooks(folder, out, at=None):
 # %% ../nbs/02_run.ipynb #89436d17
 def list_experiments(_):
     "Print every experiment with the best record at hand."
-    for name in EXPERIMENTS:
-        found = records(name)
-        print(describe(found[0], "best record of") if found else f"no record of {name} yet: disdiff run {name}")
+    best = {record.name: record for record in reversed(records())}             # the first of each name wins
+    for name in EXPERIMENTS: print(describe(best[name], "best record of") if name in best else f"no record of {name} yet: disdiff run {name}")
 
 def data_command(args):
     "Print the table of data sets, or fetch one."
@@ -484,5 +492,5 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try: args.do(args); sys.stdout.flush()
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141)       # the reader has gone, as in `disdiff list | head -1`
-    except (ValueError, OSError, FloatingPointError) as err:
-        print(f"disdiff: {err}", file=sys.stderr); sys.exit(2)
+    except ModuleNotFoundError as err: print(f"disdiff: expected {err.name} for this, found it missing: install it, or an extra of this package that has it (notebooks, fid, sweep)", file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError, FloatingPointError) as err: print(f"disdiff: {err}", file=sys.stderr); sys.exit(2)

@@ -47,7 +47,8 @@ def hist(values, bins=60, range=None, density=None, xlabel="", ax=None, **kw):
     if not isinstance(values, dict): values = {"": values}
     if ax is None: _, ax = figure(**kw)
     for name, v in values.items():
-        v = torch.as_tensor(v).detach().cpu().numpy().ravel()
+        v = torch.as_tensor(v).detach().cpu().double().numpy().ravel()
+        require(np.isfinite(v).all(), f"finite values{f' in {name!r}' if name else ''}", f"{(~np.isfinite(v)).sum()} of {v.size} that are not", "look at what made them: a histogram would leave them out")
         ax.hist(v, bins=bins, range=range, density=True, alpha=0.5, label=name)
     if density is not None:
         xs = torch.linspace(*ax.get_xlim(), 400)
@@ -73,6 +74,7 @@ def grid(images, cols=None, scale=1., title=None, rows=None, ax=None):
     "Show images (n, C, H, W) in rows of `cols`; `scale` stretches the figure, `rows` labels the rows. Returns the axes."
     picture = mosaic(images, cols)
     height, width = picture.shape[:2]
+    require(not rows or len(images) > (len(rows) - 1) * (cols or int(np.ceil(len(images) ** .5))), "no more labels than rows", len(rows) if rows else 0, "give one a row of `cols` images")
     per_inch = max(width / 7, 90) / scale                 # at most the page's width, and never blown up beyond recognition
     if ax is None: _, ax = figure(width / per_inch + 0.8 * bool(rows), height / per_inch + 0.25 * bool(title))
     ax.imshow(picture, interpolation="nearest"); ax.grid(False); ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
@@ -128,7 +130,8 @@ def diagram(nodes, arrows, size):
 def traversal(decode, codes, values, dims=None):
     """Pictures (dims, steps, n, C, H, W) of codes (n, d) or (d,) in which one number, each of `dims` in turn (default: all), is set to each of `values` (steps,) or (dims, steps). Feed them to `slider`.
     `decode`: codes (m, d) -> images (m, C, H, W). Let it start every picture from the same noise, or the noise will change as well."""
-    codes = torch.as_tensor(codes); codes = codes[None] if codes.ndim == 1 else codes
+    codes = torch.as_tensor(codes); codes = codes if codes.is_floating_point() else codes.float()              # whole numbers would cut the values
+    codes = codes[None] if codes.ndim == 1 else codes
     n, d = codes.shape
     dims = list(range(d) if dims is None else dims)
     require(all(0 <= j < d for j in dims), f"dims from 0 to {d - 1}", dims, "codes are counted from 0")
@@ -203,6 +206,7 @@ def slider(frames, values=None, labels=None, joint=False, start=None):
     found = f"{len(labels)} labels and {', '.join(str(len(v)) for v in values)} values"
     require(len(labels) == len(counts) and [len(v) for v in values] == list(counts), f"{len(counts)} labels and {', '.join(map(str, counts))} values", found, "give one label a slider, one value a step")
     starts = [c // 2 for c in counts] if start is None else start if joint else [start] * rows
+    require(len(starts) == len(counts) and all(0 <= s < c for s, c in zip(starts, counts)), f"start below {', '.join(map(str, counts))}", starts, "steps are counted from 0")
     knobs = [dict(label=l, values=v, at=int(s)) for l, v, s in zip(labels, values, starts)]
     panels = [knobs] if joint else [[k | {"row": i}] for i, k in enumerate(knobs)]
     still = png(mosaic(frames.transpose(1, 2).flatten(0, 2), cols=steps), bits=6)                                   # grainy samples take half the room, and nobody sees it

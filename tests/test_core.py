@@ -60,7 +60,7 @@ def test_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError) as err: core.load_tensors(tmp_path / "no.safetensors")
     one_line(err)
 
-@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"name":"x","scale":"cpu","seed":0,"extra":1}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"name":"x","scale":"cpu","seed":0,"extra":1}', '{"name":"x","scale":"tiny","seed":0}'])
 def test_broken_record(tmp_path, text):
     path = tmp_path / "r.json"; path.write_text(text)
     with pytest.raises(ValueError) as err: Record.load(path)
@@ -70,6 +70,16 @@ def test_images_there_and_back():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(core.to_uint8(core.to_float(x)), x)
     with pytest.raises(ValueError): core.to_float(torch.zeros(4, 4))
+
+@pytest.mark.parametrize("images,part", [(torch.full((1, 1, 2, 2), 200), "found torch.int64"), (torch.ones(1, 1, 2, 2, dtype=torch.bool), "found torch.bool"), (torch.ones(1, 1, 2, 2).numpy(), "found ndarray")])
+def test_images_of_other_types_are_refused(images, part):
+    for f in (core.to_float, core.to_uint8):
+        with pytest.raises(ValueError) as err: f(images)
+        assert part in one_line(err)
+
+def test_nan_does_not_turn_black():
+    with pytest.raises(ValueError) as err: core.to_uint8(torch.tensor([0., float("nan")]).view(2, 1, 1, 1))
+    assert "NaN in 1 of 2" in one_line(err)
 
 def test_mosaic_has_gaps_that_let_the_page_through():
     m = show.mosaic(torch.zeros(3, 3, 4, 4), cols=2)
@@ -112,6 +122,74 @@ def test_run_into_an_unwritable_folder(toys, tmp_path, capsys):
     with pytest.raises(SystemExit): runner.main(["run", "toy/answer", "--scale", "smoke", "--out", str(tmp_path / "file")])
     assert "choose a writable folder" in capsys.readouterr().err
 
+def test_a_stopped_run_is_no_record(toys, monkeypatch, capsys):
+    def stopped(config): raise core.Unfinished("time is up")
+    monkeypatch.setitem(runner.EXPERIMENTS, "toy/stopped", stopped)
+    runner.run("toy/answer", "smoke"); assert runner.run("toy/stopped", "smoke") is None
+    assert (core.runs_dir() / "toy-stopped-smoke-s0.resume.json").exists() and runner.records("toy/stopped") == []
+    assert runner.run("toy/answer", "smoke").metrics["answer"]["value"] == 42        # others are still found
+    runner.main(["list"]); assert "no record of toy/stopped yet" in capsys.readouterr().out
+
+def test_other_sizes_need_a_folder(toys):
+    with pytest.raises(ValueError) as err: runner.run("toy/answer", "smoke", change={"n": 3})
+    assert "a folder of its own" in one_line(err)
+
+@pytest.mark.parametrize("kind,part", [(dict(seed=-1), "a whole seed"), (dict(seed="0"), "a whole seed"), (dict(share=0), "a share of the steps"), (dict(share=2.), "a share of the steps"), (dict(within=0), "within: minutes above 0"), (dict(within={"net": "a"}), "within: minutes above 0")])
+def test_config_errors(toys, tmp_path, kind, part):
+    with pytest.raises(ValueError) as err: runner.run("toy/answer", "smoke", out=tmp_path / "new", **kind)
+    assert part in one_line(err) and not (tmp_path / "new").exists()
+
+def test_where_a_record_is_nothing_is_missing(monkeypatch, tmp_path):
+    "A full disk while the sheet or the codes are written: no record, so that a plan does not call the run done."
+    def looked(config):
+        record = toy(config); record.looks["x"] = torch.zeros(1, 1, 2, 2); record.wait("units", {"codes": torch.zeros(2, 2)}, points=2)
+        return record
+    def full(*args): raise OSError("no space")
+    monkeypatch.setitem(runner.EXPERIMENTS, "toy/looked", looked)
+    for part in ("sheet", "leave"):
+        with monkeypatch.context() as m, pytest.raises(OSError): m.setattr(runner, part, full); runner.run("toy/looked", "smoke", out=tmp_path)
+        assert not (tmp_path / "toy-looked-smoke-s0.json").exists()
+    runner.run("toy/looked", "smoke", out=tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".safetensors"}
+
+def test_codes_without_a_record_stop_no_judge(tmp_path, capsys):
+    core.save_tensors(tmp_path / "toy-a-smoke-s0.codes.safetensors", {"0/codes": torch.zeros(1)}, tasks=[])
+    runner.judge(tmp_path)
+    assert "has no record: run it again" in capsys.readouterr().out
+
+@pytest.mark.parametrize("text,part", [("[run]\nname = 'toy/answer'", "at least one [[run]]"), ("run = [1]", "at least one [[run]]"), ("[[run]]\nname = 'toy/answer'\nseed = 'a'", "a whole seed"), ("[[run]]\nname = 'toy/answer'\nreserve = -5", "reserve in minutes"),
+                                       ("[[run]]\nname = 'toy/answer'\nwithin = 0", "within: minutes above 0"), ("[[run]]\nname = 'toy/answer'\nshare = 7", "a share of the steps"), ("[[run]]\nname = 'toy/answer'\nscale = ''", "a scale among")])
+def test_plans_are_checked_before_anything_runs(toys, tmp_path, text, part):
+    (tmp_path / "plan.toml").write_text(f"[[run]]\nname = 'toy/answer'\nscale = 'smoke'\n{text}" if text.startswith("[[") else text)
+    with pytest.raises(ValueError) as err: runner.run_plan(tmp_path / "plan.toml", 1, tmp_path / "out")
+    assert part in one_line(err) and not (tmp_path / "out").exists()
+
+def test_a_part_that_within_does_not_name_stops_in_time(monkeypatch, tmp_path, capsys):
+    def endless(config):
+        from disdiff_tutorial.diffusion.training import fit
+        net = torch.nn.Linear(1, 1)
+        config.train("net", lambda **kind: fit(lambda x: net(x).square().mean(), net, lambda step: torch.ones(1, 1), progress=False, **kind), 10 ** 9)
+    monkeypatch.setitem(runner.EXPERIMENTS, "toy/endless", endless)
+    (tmp_path / "plan.toml").write_text("[[run]]\nname = 'toy/endless'\nscale = 'smoke'\nreserve = 0\nwithin = {vae = 0.01}")
+    runner.run_plan(tmp_path / "plan.toml", .02, tmp_path)                       # 1.2 seconds; without a limit it would never end
+    assert "unfinished toy/endless" in capsys.readouterr().out and list(tmp_path.glob("*.resume.safetensors"))
+
+def test_damaged_pieces_give_one_line(tmp_path):
+    import random
+    Record("toy/a", "gpu", 0).save(tmp_path / "runs"); (tmp_path / "runs" / "toy-a-gpu-s0.txt").write_text("hello " * 5000)
+    runner.pack(tmp_path / "runs", tmp_path / "home")
+    piece = tmp_path / "home" / "runs.zip.0"; whole, draw = piece.read_bytes(), random.Random(0)
+    for _ in range(150):
+        at = draw.randrange(len(whole)); piece.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:])
+        try: runner.unpack(tmp_path / "home", tmp_path / "back")                 # a byte that no reader needs may be wrong
+        except ValueError as err: assert "expected whole pieces" in str(err) and "\n" not in str(err)
+
+def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SystemExit) as err: runner.main(["sweep", "diffusion/digits", "--space", "width=16,32", "--metric", "x", "--out", "nowhere"])
+    said = capsys.readouterr().err
+    assert err.value.code == 2 and "optuna" in said and said.count("\n") == 1
+
 def book(folder, **cells):
     import nbformat
     for name, source in cells.items(): nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), folder / f"{name}.ipynb")
@@ -144,3 +222,15 @@ PASS = core.checkout() / "data" / "records" / "book-cpu-s0.json"
 def test_no_notebook_above_four_gigabytes():
     peaks = {k: m["value"] for k, m in Record.load(PASS).metrics.items() if k.startswith("peak MB")}
     assert peaks and max(peaks.values()) < 4096, peaks
+
+def test_a_kernel_that_dies_and_a_cell_with_a_rule(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISDIFF_SCALE", "smoke")
+    for source, parts in (("import os\nos._exit(1)", ["00_a: its Python process died"]), (f"# {'-' * 40}\nthis_fails", ["# " + "-" * 40 + "\nthis_fails\n", "NameError"])):
+        book(tmp_path, **{"00_a": source})
+        with pytest.raises(SystemExit) as err: runner.run_notebooks(tmp_path, tmp_path / "out")
+        for part in parts: assert part in str(err.value)
+
+def test_only_lines_of_run_are_said():
+    import nbformat
+    text = "trained on mnist, while digits stand in here\nloaded toy/mean: scale cpu, seed 0, 2 s on a laptop; error 1 (n=1, test)\n"
+    assert runner.said(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("stream", text=text)])])) == "loaded toy/mean: scale cpu, seed 0, 2 s"

@@ -1,11 +1,13 @@
 "Score components from outside: folded passes, weights, the two-term loss, errors in one line, files, and the antisymmetric share."
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, load_model, rooms_experiment)
+from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, OnePass, Pictures, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, load_model, picture_weight, rooms_experiment)
 from disdiff_tutorial.core import Config
 from disdiff_tutorial.data.scenes import rooms
+from disdiff_tutorial.diffusion.dsm import unit
 from disdiff_tutorial.diffusion.sampling import sample
 from disdiff_tutorial.diffusion.sde import SubVPSDE, VPSDE
 from disdiff_tutorial.diffusion.unet import UNet
@@ -70,9 +72,49 @@ def test_every_sampler_and_the_old_mode(method):
     noise = torch.randn(2, 3, 16, 16)
     if method in ("ddim", "dpm++"): assert torch.allclose(model.sample(zeta, steps=3, method=method, x=noise), sample(model, model.sde, noise.shape, zeta, method, 3, x=noise).clamp(-1, 1), atol=1e-3)
 
+def test_loss_is_two_denoising_terms_with_their_weights():
+    "By hand: noise, times and weights of both terms, with `net` recording what it was told."
+    model = made().eval(); told = []
+    model.net.register_forward_pre_hook(lambda m, args: told.append(args))
+    for weighting in (unit, picture_weight):
+        told.clear(); torch.manual_seed(5); found = model.loss(x, weighting=weighting)
+        torch.manual_seed(5); t = told[0][1][::3]; _ = torch.rand(12); x0 = x.float() / 127.5 - 1
+        w = torch.ones(12) if weighting is unit else (model.sde.sigma(t) / model.sde.alpha(t)) ** 2
+        terms = []
+        for cond in (model.latents(x), None):
+            eps = torch.randn_like(x0); xt = model.sde.alpha(t).view(-1, 1, 1, 1) * x0 + model.sde.sigma(t).view(-1, 1, 1, 1) * eps
+            terms.append((w * (model(xt, t, cond) - eps).square().mean((1, 2, 3))).mean())
+        assert len(told) == 4 and torch.isclose(found, sum(terms), rtol=1e-4) and told[1][2].eq(1).all()
+
+def test_pictures_turn_a_clean_picture_into_its_noise():
+    x0, eps, t, sde = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8), torch.linspace(.05, .95, 6), SubVPSDE(); seen = []
+    class Knows(nn.Module):
+        cond_dim = 4
+        def forward(self, xt, t, cond): seen.append(xt); return x0
+    assert torch.allclose(Pictures(Knows(), sde)(sde.perturb(x0, t, eps), t), eps, atol=1e-3)
+    assert torch.allclose(seen[0].square().mean((1, 2, 3)), torch.ones(6), atol=.4)                      # the net sees pictures of one size
+
+def test_one_pass_hears_all_and_weighs_its_fields():
+    torch.manual_seed(0); net = UNet(9, 16, [1, 2], 1, cond_dim=30, stem=2, sde=SubVPSDE())
+    for p in net.parameters():
+        if not p.any(): nn.init.normal_(p, std=.2)
+    model, (xt, t, zeta) = OnePass(net, Encoder((3, 16, 16), 3, 10, 8), 3, dim=10).eval(), batch(); calls = []
+    net.register_forward_pre_hook(lambda m, args: calls.append(args))
+    with torch.no_grad():
+        fields = model.components(xt, t, zeta)
+        assert len(calls) == 1 and torch.equal(calls[0][0], torch.cat([xt] * 3, 1)) and torch.equal(calls[0][2], zeta.flatten(1))
+        nobody = net(torch.cat([xt] * 3, 1), t, torch.ones(5, 30)).unflatten(1, (3, 3)).mean(1)
+        assert torch.allclose(model(xt, t), nobody, atol=1e-5) and torch.allclose(model(xt, t, zeta), fields.mean(1), atol=1e-5)
+        w = torch.tensor([.5, 0., -.2, .7]); assert torch.allclose(model.mixed(xt, t, zeta, w), .5 * fields[:, 0] - .2 * fields[:, 2] + .7 * nobody, atol=1e-4)
+    with pytest.raises(ValueError, match=r"expected latents \(5, 3, 10\)"): model(xt, t, zeta[:, :2])
+
+def test_components_may_come_as_any_list():
+    for which in (1, [1], (1,), {1}, torch.tensor(1), torch.tensor([1]), np.int64(1), np.array([1])):
+        assert torch.equal(blend(3, only=which), torch.tensor([0., 1, 0, 0])) and torch.equal(blend(3, dilute=which, alpha=0.), torch.tensor([1., 0, 1, 1]) / 3)
+
 def test_compose_copies():
     a, b = torch.zeros(2, 3, 4), torch.ones(2, 3, 4); c = compose(a, b, [0, 2])
-    assert c[:, [0, 2]].eq(1).all() and c[:, 1].eq(0).all() and a.eq(0).all()
+    assert c[:, [0, 2]].eq(1).all() and c[:, 1].eq(0).all() and a.eq(0).all() and b.eq(1).all() and torch.equal(c, compose(a, b[:1], [0, 2]))
 
 def test_a_resumed_training_ends_the_same(tmp_path):
     def weights(parts):
@@ -83,7 +125,18 @@ def test_a_resumed_training_ends_the_same(tmp_path):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: Encoder((3, 20, 16)), "expected images with sides that 8 divides"), (lambda: made().encode(x[..., :8]), "expected images (n, 3, 16, 16)"),
-    (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 2, 10), 3).encode(x), "expected an encoder that returns (n, 3, dim)"),
+    (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 2, 10), 3).encode(x), "expected an encoder that returns (n, 3, 10)"), (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 3, 10), 3, dim=7).encode(x), "expected an encoder that returns (n, 3, 7)"),
+    (lambda: Encoder((3, 16, 16), 0), "expected a shape (C, H, W), and k, dim and width"), (lambda: ComponentScore(made().net, nn.Identity(), 0), "expected one or more components"),
+    (lambda: made()(*batch()[:2], batch()[2][:, 0]), "expected latents (5, m, 10)"), (lambda: made()(*batch()[:2], batch()[2][:1]), "expected latents (5, m, 10)"), (lambda: made().mixed(*batch(), torch.ones(3) / 3), "expected 4 weights"),
+    (lambda: made().sample(torch.zeros(2, 3, 10), [0., 0, 0, 0]), "expected 4 weights"), (lambda: made().sample(torch.zeros(2, 3, 10), torch.tensor([1., float("nan"), 0, 0])), "expected 4 weights"),
+    (lambda: blend(0), "expected one or more components"), (lambda: blend(3, only=0, weights=[1, 2, 3]), "expected `only` or `weights`, found both"), (lambda: blend(3, weights=[float("inf"), 1, 1]), "expected 3 weights"),
+    (lambda: blend(3, dilute=0, alpha=float("nan")), "expected a finite alpha"), (lambda: blend(3, only=[]), "expected 3 weights"), (lambda: blend(3, dilute=-1), "expected components from 0 to 2"),
+    (lambda: compose(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), 0), "expected other latents (2, 3, 4)"), (lambda: compose(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), 3), "expected components from 0 to 2"),
+    (lambda: antisymmetric(lambda v: v, torch.zeros(2, 3), 0), "expected one or more probes"), (lambda: antisymmetric(lambda v: v, torch.full((2, 3), float("nan"))), "expected finite floats x"),
+    (lambda: antisymmetric(lambda v: torch.ones(2, 3), torch.zeros(2, 3)), "expected a field (2, 3) -> the same, with a gradient"), (lambda: antisymmetric(lambda v: v * float("nan"), torch.zeros(2, 3)), "expected a field with a finite Jacobian"),
+    (lambda: carried(torch.zeros(9, 2, 3), torch.arange(9)[:, None] % 2, torch.zeros(4, 2, 3), torch.arange(4)[:, None]), "expected test factors whose values occur in the fit, found 2"),
+    (lambda: carried(torch.full((9, 2, 3), float("nan")), torch.arange(9)[:, None] % 2, torch.zeros(4, 2, 3), torch.arange(4)[:, None] % 2), "expected finite codes"),
+    (lambda: carried(torch.zeros(9, 2, 3), torch.arange(9)[:, None] % 2, torch.zeros(4, 1, 3), torch.arange(4)[:, None] % 2), "expected latents (n, k, dim), and test latents like them"),
     (lambda: ComponentScore(nn.Identity(), nn.Identity(), 3), "expected dim, or a net with cond_dim"), (lambda: made().sample(torch.zeros(2, 10)), "expected latents (n, 3, dim)"),
     (lambda: made().sample(torch.zeros(2, 3, 10), blend(2)), "expected 4 weights"), (lambda: blend(3, only=3), "expected components from 0 to 2"),
     (lambda: blend(3, weights=[1, 2]), "expected 3 weights"), (lambda: blend(2, weights=[1, -1]), "expected 2 weights with a sum above 0"), (lambda: made().loss(x, drop=2.), "expected a probability")])
@@ -100,6 +153,8 @@ def test_antisymmetric_share():
     jacobian = torch.stack([torch.autograd.functional.jacobian(lambda v: (v @ A).tanh(), p) for p in pts])
     exact = ((jacobian - jacobian.mT) / 2).square().sum() / jacobian.square().sum()
     assert abs(antisymmetric(lambda v: (v @ A).tanh(), pts, 400) - exact.sqrt().item()) < .03
+    assert antisymmetric(lambda v: v * 0 + 1, pts) == 0                  # a constant field is the gradient of a slope
+    assert abs(antisymmetric(lambda v: v @ (1e25 * A.float()), pts.float(), 100) - ((A - A.T) / 2).norm() / A.norm()) < .1
 
 def test_antisymmetric_goes_through_attention():
     model, (xt, t, zeta) = made().eval(), batch(2)
@@ -110,17 +165,18 @@ def test_carried_knows_who_knows():
     g = torch.Generator().manual_seed(0); f = torch.randint(3, (400, 2), generator=g); z = torch.randn(400, 2, 3, generator=g)
     for j in range(2): z[:, j] += 8 * nn.functional.one_hot(f[:, j], 3)
     info, right, H = carried(z[:300], f[:300], z[300:], f[300:])
-    assert info.shape == right.shape == (3, 2) and (info <= H + 1e-9).all() and (info.diagonal() > .8 * H).all() and info[0, 1] < .1 and info[1, 0] < .1 and (right[2] > .95).all()
+    assert info.shape == right.shape == (3, 2) and (info <= H + 1e-9).all() and (info.diagonal() > .8 * H).all() and info[0, 1] == info[1, 0] == 0 and (right[2] > .95).all()
 
 def test_world_is_split_and_read_back():
     data = rooms("cpu"); x_new, f_new, x_old, f_old = held_out(data)
     assert len(x_new) == 400 and len(x_old) == 3600 and torch.equal(data.nearest(x_new)[0][:, torch.tensor(data.grid.sizes) > 1], f_new)
     both = torch.cat([f_new, f_old]); assert len(both.unique(dim=0)) == 4000
 
-@pytest.mark.parametrize("experiment, k", [(rooms_experiment, 2), (digits_experiment, 3)])
-def test_experiments_leave_a_model_that_loads(experiment, k, tmp_path):
-    record = experiment(Config("components/test", "smoke", 0, None, tmp_path), k=k); record.save(tmp_path); model = load_model(record)
-    assert model.k == k and not model.training and {"reconstruction, rms error", "picture loss", "picture loss, unconditional"} <= set(record.metrics) and record.curves["loss"]
+@pytest.mark.parametrize("experiment, how", [(rooms_experiment, dict(k=2)), (rooms_experiment, dict(k=3, apart=False)), (rooms_experiment, dict(k=3, once=True)), (rooms_experiment, dict(k=3, drop=.2)), (digits_experiment, dict(k=3))])
+def test_experiments_leave_a_model_that_loads(experiment, how, tmp_path):
+    record = experiment(Config("components/test", "smoke", 0, None, tmp_path), **how); record.save(tmp_path); model = load_model(record)
+    assert model.k == how["k"] and isinstance(model, OnePass) == how.get("once", False) and len(model.encoder.each) == (how["k"] if how.get("apart", True) else 1) and record.config.get("drop") == how.get("drop")
+    assert not model.training and not any(p.requires_grad for p in model.parameters()) and {"reconstruction, rms error", "picture loss", "picture loss, unconditional"} <= set(record.metrics) and record.curves["loss"]
 
 def test_shipped_weights_are_small():
     model = build((3, 32, 32), 5, 32, 32, 128)

@@ -2,7 +2,7 @@
 import socket
 import pytest, torch
 from disdiff_tutorial import digits as module
-from disdiff_tutorial.core import Config, Record, checkout, to_float
+from disdiff_tutorial.core import Config, Record, checkout, load_tensors, to_float
 from disdiff_tutorial.data import files
 from disdiff_tutorial.run import execute, records, run
 
@@ -55,8 +55,11 @@ def test_experiment_runs_offline_at_smoke(offline, tmp_path):
 def test_stopped_by_the_clock_it_goes_on(offline, tmp_path):
     assert run("diffusion/digits", "smoke", minutes=1e-4, out=tmp_path) is None
     assert not (tmp_path / "diffusion-digits-smoke-s0.json").exists() and list(tmp_path.glob("*.resume.safetensors"))
-    late = run("diffusion/digits", "smoke", out=tmp_path)
+    late, straight = run("diffusion/digits", "smoke", out=tmp_path), run("diffusion/digits", "smoke", out=tmp_path / "straight")
     assert late.images == module.SIZES["smoke"]["steps"] * module.SIZES["smoke"]["batch"] and not list(tmp_path.glob("*resume*"))
+    (a, _), (b, _) = (load_tensors(r.file(".safetensors")) for r in (late, straight))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)                  # net and reader, bitwise
+    assert {k: late.metrics[k] for k in ("reader accuracy", "legible, class, w = 1")} == {k: straight.metrics[k] for k in ("reader accuracy", "legible, class, w = 1")}
 
 def test_a_record_is_shipped(): assert SHIPPED
 

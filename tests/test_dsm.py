@@ -4,7 +4,7 @@ import pytest, torch
 from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional as F
 from disdiff_tutorial.core import seed_everything
-from disdiff_tutorial.diffusion.dsm import T_MIN, drop_cond, dsm_loss, likelihood, soft_truncation, uniform_time, unit
+from disdiff_tutorial.diffusion.dsm import T_MIN, drop_cond, dsm_loss, likelihood, middle_time, soft_truncation, uniform_time, unit, v_weight
 from disdiff_tutorial.diffusion.sde import DDPM, GaussianMixture, SubVPSDE, VESDE, VPSDE, like
 
 torch.set_num_threads(1)
@@ -197,6 +197,27 @@ def test_uniform_time():
     assert t.min() >= T_MIN and t.max() <= 1 and abs(t.mean() - (1 + T_MIN) / 2) < 5 / (12 * 50_000)**.5
 
 
+@SDES
+def test_v_weight_counts_every_time_the_same_in_v(sde):
+    seed_everything(9); t = torch.rand(50, dtype=f64) * .98 + .01; xt, eps, off = torch.randn(3, 50, 1, dtype=f64)
+    in_v = sde.convert(eps + off, xt, t, "eps", "v") - sde.convert(eps, xt, t, "eps", "v")
+    torch.testing.assert_close(v_weight(sde, t) * off[:, 0]**2, in_v[:, 0]**2)
+
+
+def test_middle_time():
+    seed_everything(6); n = 50_000; t = middle_time(n).double(); assert t.min() >= T_MIN and t.max() <= 1
+    z = ((t - T_MIN) / (1 - T_MIN)).logit() + .4                                          # standard normal
+    assert abs(z.mean()) < 5 / n**.5 and abs(z.std() - 1) < 5 / (2 * n)**.5
+
+
+def test_soft_truncation_for_any_power():
+    "Large powers overflow t_min^(1 - k), powers near 1 cancel in it."
+    def draw(k): seed_everything(10); time = soft_truncation(1e-5, k); return torch.cat([time(4) for _ in range(500)])
+    torch.testing.assert_close(draw(1 + 1e-7), draw(1.), atol=1e-5, rtol=1e-5); torch.testing.assert_close(draw(1 + 1e-5), draw(1.), atol=1e-3, rtol=1e-3)
+    for k in (9., 60., -60.): t = draw(k); assert ((t > 0) & (t <= 1)).all(), k
+    assert draw(60.).double().mean() == pytest.approx(.5, abs=.05) and draw(-60.).min() > .7
+
+
 @pytest.mark.parametrize("k", [1., 2., 1.5, 0.])
 def test_soft_truncation(k):
     seed_everything(7); calls, low = 4_000, 1e-2
@@ -266,7 +287,21 @@ def test_bad_probability(p): one_line(lambda: drop_cond(torch.zeros(3, 2), torch
 
 
 @pytest.mark.parametrize("low", [0., -1., 1., 2.])
-def test_bad_truncation(low): one_line(lambda: soft_truncation(low), "0 < t_min < 1")
+def test_bad_truncation(low):
+    for k in (math.nan, math.inf): one_line(lambda: soft_truncation(1e-5, k), "a finite power k")
+    one_line(lambda: soft_truncation(low), "0 < t_min < 1")
+
+
+@pytest.mark.parametrize("x0", [torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.zeros(3), torch.zeros(0, 2)])
+def test_bad_images(x0): one_line(lambda: dsm_loss(lambda x, t, c: x, x0, vp), "floats x0 (n, ...), not empty", "to_float")
+
+
+def test_loss_does_not_broadcast():
+    x0, answer = torch.zeros(3, 2), lambda x, t, c: x
+    for net in (lambda x, t, c: x[:, :1], lambda x, t, c: x[:1], lambda x, t, c: x[..., None]): one_line(lambda: dsm_loss(net, x0, vp), "a net that answers (3, 2)")
+    one_line(lambda: dsm_loss(answer, x0, vp, weighting=lambda sde, t: t[:, None]), "weights of shape (3,), found (3, 1)")
+    one_line(lambda: dsm_loss(answer, x0, vp, time=lambda n, device: torch.tensor([.5])), "one time per image")
+    one_line(lambda: drop_cond(torch.eye(3, dtype=torch.long), torch.full((3,), .3), .5), "conditions of floats", "use .float()")
 
 
 def test_bad_times(): one_line(lambda: dsm_loss(lambda x, t, c: x, torch.zeros(3, 2), vp, time=lambda n, d: torch.full((n,), 500.)), "times t in [0, 1]")

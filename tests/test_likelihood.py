@@ -84,6 +84,9 @@ def test_bits_mean_bits():
     y = dequantise(grey, torch.Generator().manual_seed(0))
     assert torch.equal(((y + 1) * 128).floor().to(torch.uint8), grey) and y.min() >= -1 and y.max() < 1
     assert torch.equal(y, dequantise(grey, torch.Generator().manual_seed(0)))
+    for level in (0, 200, 255):                                                      # no draw of ten million leaves its cell by rounding
+        y = dequantise(torch.full((10, 1, 1000, 1000), level, dtype=torch.uint8), torch.Generator().manual_seed(0))
+        assert (((y + 1) * 128).floor() == level).all() and y.max() < 1
 
 
 def test_dequantisation_bounds_the_probability_of_a_level():
@@ -121,6 +124,11 @@ def test_the_latent_bound_and_its_gap():
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), t_min=0.), "expected t_min between 0 and 1, found 0.0: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), cond=torch.eye(2)), "expected one condition per image, 3, found 2: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1, dtype=torch.uint8)), "expected floats around \\[-1, 1\\], found torch.uint8: pass dequantise"),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), probes=1.5), "expected probes >= 1, or None for the exact trace, found 1.5: "),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), tol=-1.0), "expected tol above 0, found -1.0: "),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(0, 1)), "expected x0 \\(n, ...\\) with at least one row, found \\(0, 1\\): "),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3)), "expected x0 \\(n, ...\\) with at least one row, found \\(3,\\): "),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.tensor([[0.0], [float("nan")]])), "expected finite x0, found NaN or infinity: "),
     (lambda: dequantise(torch.zeros(3, 1, 4, 4)), "expected uint8 images, found torch.float32: dequantise before scaling"),
     (lambda: dequantise(torch.zeros(3, 4, 4, dtype=torch.uint8)), "expected images \\(n, C, H, W\\)"),
 ])

@@ -41,7 +41,9 @@ def test_kernel_solves_its_equations(sde):
 def test_starts_clean_and_ends_in_the_prior(sde):
     ends = torch.tensor([0., 1.])
     assert sde.alpha(ends)[0] == 1 and sde.sigma(ends)[0] == 0
-    assert sde.sigma(ends)[1] <= sde.prior_std and (sde.sigma(ends)[1] / sde.prior_std > .75)
+    assert sde.sigma(ends)[1] <= sde.prior_std
+    if isinstance(sde, VESDE): torch.testing.assert_close(sde.sigma(ends)[1]**2 + sde.sigma_min**2, torch.tensor(float(sde.prior_std))**2)
+    elif sde.beta_max >= 20: assert sde.sigma(ends)[1] / sde.prior_std > .99
     assert torch.isfinite(torch.stack([sde.diffusion(ends), sde.rate(ends), sde.log_alpha(ends)])).all()
 
 
@@ -138,6 +140,11 @@ def test_classes_average_to_the_whole_and_do_not_leak():
     torch.testing.assert_close(far.log_prob(torch.tensor([[8.]]), sde, torch.tensor(0.), only), Normal(-8., .1).log_prob(torch.tensor([8.])))
 
 
+def test_whole_numbers_are_numbers():
+    law = GaussianMixture([1, 3], [[0], [2]], [1, 1]); same = GaussianMixture([.25, .75], [[0.], [2.]], [1., 1.]); x, t = torch.randn(6, 1), torch.tensor(.3)
+    assert torch.equal(law.score(x, VPSDE(), t), same.score(x, VPSDE(), t)) and law.sample(4)[0].is_floating_point()
+
+
 def test_ideal_net_and_sampling():
     seed_everything(4); law, sde = mixture(2), VPSDE()
     x, t = torch.randn(30, 2).double(), torch.rand(30).double() * .9 + .05
@@ -218,6 +225,15 @@ def test_times_outside(bad):
     one_line(lambda: VPSDE().perturb(torch.zeros(2, 2), torch.tensor(bad), torch.zeros(2, 2)), "times t in [0, 1]")
 
 
+def test_nothing_broadcasts():
+    x, t, sde = torch.zeros(3, 2), torch.tensor([.1, .2, .3]), VPSDE()
+    for call in (lambda: sde.perturb(x, t, torch.zeros(3, 1)), lambda: sde.perturb(x, t[:1], x), lambda: sde.perturb(x[:1], t, x[:1]), lambda: sde.perturb(x.byte(), t, x)):
+        one_line(call, "floats x0 and eps of one shape (n, ...), times (n,)", "one time per image")
+    one_line(lambda: sde.perturb(x, .5, x), "times as a tensor, found 0.5")
+    one_line(lambda: sde.convert(torch.zeros(3, 1), x, t, "eps", "x0"), "shape of xt, (3, 2)", "found (3, 1)")
+    assert sde.perturb(x[:0], t[:0], x[:0]).shape == (0, 2) and check_time(t[:0]) is None              # nothing is noised to nothing
+
+
 def test_bad_words():
     x, t = torch.zeros(1, 2), torch.tensor([.5])
     for pair in (("eps", "noise"), ("x", "eps"), ("noise", "noise")): one_line(lambda: VPSDE().convert(x, x, t, *pair), "eps, score, x0 or v", "choose one")
@@ -226,6 +242,7 @@ def test_bad_words():
 @pytest.mark.parametrize("weights, means, stds, word", [
     ([.5, .5], [[0.], [1.], [2.]], [1., 1.], "means (k, d) for 2 weights"), ([.5, .5], [0., 1.], [1., 1.], "means (k, d)"),
     ([.5, .5], [[0.], [1.]], [1., 1., 1.], "stds (2,)"), ([.5, .5], [[0., 0.], [1., 1.]], [[1., 1., 1.], [1., 1., 1.]], "stds (2,) or (2, 2)"),
+    ([.5, .5], [[0.], [math.nan]], [1., 1.], "finite means"), ([math.inf, .5], [[0.], [1.]], [1., 1.], "finite means"), ([.5, .5], [[0.], [1.]], [1., math.inf], "finite means"),
     ([.5, -.5], [[0.], [1.]], [1., 1.], "weights and stds >= 0"), ([.5, .5], [[0.], [1.]], [1., -1.], "weights and stds >= 0")])
 def test_bad_mixtures(weights, means, stds, word):
     one_line(lambda: GaussianMixture(weights, means, stds), word)
@@ -235,5 +252,10 @@ def test_bad_points_and_rates():
     law, t = mixture(2), torch.tensor(.5)
     for x in (torch.zeros(5, 1), torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2, 1)):
         one_line(lambda: law.score(x, VPSDE(), t), "points (n, 2)"); one_line(lambda: law.log_prob(x, VPSDE(), t), "points (n, 2)")
+    x = torch.zeros(5, 2)
+    for cond in (torch.ones(5, 3), torch.ones(3, 4), torch.ones(3)): one_line(lambda: law.score(x, VPSDE(), t, cond), "cond (5, 4)", "one-hot rows")
+    one_line(lambda: law.score(x, VPSDE(), torch.rand(3)), "one time, or 5", "shape (3,)"); one_line(lambda: law.log_prob(x, VPSDE(), torch.tensor(5.)), "times t in [0, 1]")
+    for steps in (0, -3, 2.5): one_line(lambda: DDPM(steps), "a whole number of steps")
+    one_line(lambda: VPSDE(.1, math.inf), "beta_max < inf"); one_line(lambda: VESDE(.1, math.inf), "sigma_max < inf")
     one_line(lambda: VPSDE(20., .1), "beta_min <= beta_max"); one_line(lambda: VESDE(5., 1.), "sigma_min < sigma_max")
     one_line(lambda: DDPM(1000, .1, 20.), "beta_end < 1", "not a rate")

@@ -140,3 +140,17 @@ def test_live_only_where_a_page_is(codes, monkeypatch):
     assert set(e._repr_mimebundle_()) == {"image/png", "text/plain"}
     monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
     assert "application/vnd.jupyter.widget-view+json" in e._repr_mimebundle_()
+
+# ---- pictures that would mislead
+
+def test_whole_codes_take_values_between():
+    assert show.traversal(lambda z: z[:, :1, None, None], torch.zeros(3).long(), [0., .5, 1.])[0].flatten().tolist() == [0, .5, 1]
+
+@pytest.mark.parametrize("call, part", [
+    (lambda: show.hist(torch.tensor([1., float("nan")])), "1 of 2 that are not"), (lambda: show.hist({"a": torch.tensor([float("inf")])}), "finite values in 'a'"),
+    (lambda: show.grid(torch.full((1, 1, 4, 4), float("nan"))), "NaN in 1 of 1"), (lambda: show.grid(torch.zeros(4, 1, 4, 4), cols=2, rows=["a", "b", "c"]), "no more labels than rows, found 3"),
+    (lambda: show.slider(frames(2, 3, 1, 4, 4), start=3), "start below 3, 3"), (lambda: show.slider(frames(2, 3, 1, 4, 4), start=-1), "start below 3, 3"), (lambda: show.slider(frames(2, 3, 1, 4, 4), joint=True, start=(0, 3)), "start below 2, 3"),
+])
+def test_misleading_pictures_are_refused(call, part):
+    with pytest.raises(ValueError) as err: call()
+    assert part in str(err.value) and "\n" not in str(err.value)

@@ -187,10 +187,20 @@ def run_of(method, seed, value, scale="cpu", world="rooms"):
 def made(scale="cpu", **values): return T.comparison("rooms", found=[run_of(m, i, v, scale) for m, vs in values.items() for i, v in enumerate(vs)])
 
 @pytest.mark.parametrize("values, says", [
-    (dict(VAE=[.5, .52], PCA=[.1, .12]), "VAE (0.51 ± 0.01), apart from all others; next is PCA (0.11 ± 0.01)."), (dict(VAE=[.5, .6], PCA=[.45, .55]), "VAE (0.55 ± 0.07), not apart from PCA (0.50 ± 0.07)."),
-    (dict(VAE=[.9], PCA=[.1, .1]), "VAE (0.90), then PCA (0.10 ± 0.00); one training each, so this is no ranking."), (dict(VAE=[.9]), "fewer than two methods have a record.")])
+    (dict(VAE=[.5, .52], PCA=[.1, .12]), "VAE (0.51 ± 0.01), apart from PCA (0.11 ± 0.01); two trainings each, a lead and no ranking."), (dict(VAE=[.5, .52, .51], PCA=[.1, .12, .11]), "VAE (0.51 ± 0.01), apart from PCA (0.11 ± 0.01)."),
+    (dict(VAE=[.5, .52, .51], PCA=[.1, .12], EncDiff=[.2, .21, .22]), "VAE (0.51 ± 0.01), apart from EncDiff (0.21 ± 0.01) and all others; two trainings each, a lead and no ranking."), (dict(VAE=[.9], PCA=[.1]), "VAE (0.90), then PCA (0.10); one training each, so this is no ranking."),
+    (dict(VAE=[.5, .6], PCA=[.45, .55]), "VAE (0.55 ± 0.07), not apart from PCA (0.50 ± 0.07)."),
+    (dict(VAE=[.9], PCA=[.1, .1]), "VAE (0.90), then PCA (0.10 ± 0.00); one training of VAE, so this is no ranking."), (dict(VAE=[.9, .8], PCA=[.1], EncDiff=[.2]), "VAE (0.85 ± 0.07), then EncDiff (0.20); one training of PCA, EncDiff, so this is no ranking."), (dict(VAE=[.9]), "fewer than two methods have a record.")])
 def test_no_sentence_says_more_than_its_seeds(values, says):
     assert T.answer(made(**values), "MIG") == says
+
+def test_equal_methods_seldom_look_apart():
+    "The rates that the sentences and the chapter state, for two methods drawn from one distribution: one case of five with two trainings each, one of twelve with three. With two no sentence names a winner and stops there."
+    g = torch.Generator().manual_seed(0)
+    draws = {n: [tuple(v.tolist() for v in .5 + .1 * torch.randn(2, n, generator=g)) for _ in range(4000)] for n in (2, 3)}
+    rate = {n: statistics.mean(T.apart(a, b) for a, b in pairs) for n, pairs in draws.items()}
+    assert abs(rate[2] - 1 / 5) < .03 and abs(rate[3] - 1 / 12) < .015
+    for a, b in draws[2][:200]: assert (said := T.answer(made(VAE=a, PCA=b), "MIG")).endswith("no ranking.") or "not apart" in said
 
 def test_low_is_best_where_asked(): assert T.answer(made(VAE=[.5, .5], PCA=[.1, .1]), "MIG", high=False).startswith("PCA (0.10")
 

@@ -188,6 +188,14 @@ except ValueError as err: save_tensors(folder / f"odd{rank}.safetensors", {}, er
     for rank in (0, 1): assert "expected batches of a multiple of 2 rows" in read(tmp_path, f"odd{rank}")[1]["error"]
 
 
+def test_shares_are_disjoint_and_whole():
+    "Two processes that both took the whole batch would end with the same weights too."
+    class One: num_processes = 3
+    parts = []
+    for One.process_index in range(3): parts.append(training.share((torch.arange(6), torch.arange(6) * 10), One))
+    assert sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(6)) and all(torch.equal(y, 10 * x) and len(x) == 2 for x, y in parts)
+
+
 def test_a_launcher_that_starts_one_process_is_told(monkeypatch):
     "accelerate launch --cpu --num_processes 2 sets these and starts one process without a word."
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True"); monkeypatch.setenv("MASTER_PORT", "29500"); monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -220,6 +228,40 @@ def test_budget(kw):
     one_line(error, "budget")
 
 
+@pytest.mark.parametrize("kw", [dict(lr=-.1), dict(lr=math.nan), dict(lr={"": .1, "lin.bias": -1.}), dict(warmup=-5), dict(clip=0.), dict(clip=-1.), dict(clip=math.nan), dict(ema=-.5), dict(ema=1.5), dict(ema=math.nan), dict(every=0)])
+def test_settings_that_would_climb_or_stand_still(kw, tmp_path):
+    with pytest.raises(ValueError) as error: line(steps=3, checkpoint=tmp_path / "c.safetensors", **kw)
+    one_line(error, *(["learning rates of 0 or more"] if "lr" in kw else ["warmup >= 0, clip > 0, ema from 0 to 1, every >= 1"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_by_name_and_clipping():
+    "The first step of Adam moves every weight by its own rate; clipped at 1e-6, eps = 1e-8 hardly shows."
+    def moved(**kw): torch.manual_seed(0); was = Line(); torch.manual_seed(0); net, _ = line(steps=1, warmup=0, ema=0, **kw); return [(a - b).abs() for a, b in zip(net.parameters(), was.parameters())]
+    weight, bias = moved(lr={"": .1, "lin.bias": .02})
+    assert torch.allclose(weight, torch.tensor(.1)) and torch.allclose(bias, torch.tensor(.02))
+    assert max(x.max() for x in moved(lr=.1, clip=1e-9)) < .011                               # |g| / (|g| + 1e-8) with |g| at most 1e-9
+
+
+@pytest.mark.parametrize("other", [.1, {"lin": .1, "": .2}, {"": .1, "lin.weight": .3}])
+def test_resumed_at_other_rates_each_weight_keeps_its_moments(tmp_path, other):
+    file, first = tmp_path / "c.safetensors", {"": .1, "lin.bias": .2}
+    class Three(Line):
+        def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(1))
+        def loss(self, x): return (self.scale * self.lin(x) - x.sum(1, keepdim=True)).square().mean()
+    net = Three(); x = torch.randn(64, 3); fit(net.loss, net, [x], steps=20, lr=first, checkpoint=file, progress=False)
+    def moments(lr):
+        state = training.State(Three(), lr); state.load(file)
+        return {name: state.optimiser.state[p]["exp_avg"] for name, p in zip(state.names, state.trained)}
+    was, now = moments(first), moments(other)
+    assert all(torch.equal(was[k], now[k]) for k in was) and len({x.sum().item() for x in was.values()}) == 3
+
+
+def test_checkpoint_that_is_a_folder(tmp_path):
+    with pytest.raises(OSError) as error: line(steps=3, checkpoint=tmp_path)
+    one_line(error, "to write", "directory")
+
+
 def test_nothing_to_train():
     frozen = Line().requires_grad_(False)
     for params in ([], nn.ModuleList(), frozen, frozen.parameters()):
@@ -227,7 +269,7 @@ def test_nothing_to_train():
         one_line(error, "parameters to train")
     with pytest.raises(ValueError) as error: fit(Line().loss, [torch.zeros(2, requires_grad=True)], [torch.ones(2, 3)], steps=1)
     one_line(error, "wrap tensors in nn.Parameter")
-    for loss, word in ((Line().loss, "no gradient"), (lambda x: x.sum(), "requires_grad=False"), (lambda x: (Line().lin(x)), "shape (2, 1)")):
+    for loss, word in ((Line().loss, "no gradient"), (lambda x: x.sum(), "requires_grad=False"), (lambda x: (Line().lin(x)), "shape (2, 1)"), (lambda x: x.sum().item(), "without .item()"), (lambda x: None, "found NoneType")):
         with pytest.raises(ValueError) as error: fit(loss, Line(), [torch.ones(2, 3)], steps=1, progress=False)
         one_line(error, word)
 
@@ -259,8 +301,12 @@ def test_batches_that_do_not_work():
     for tensors in ((x, x[:7]), (), (x[:0],)):
         with pytest.raises(ValueError) as error: Batches(*tensors)
         one_line(error, "tensors of one length")
-    with pytest.raises(ValueError) as error: Batches(x, size=0)
-    one_line(error, "at least one row")
+    for size in (0, 2.5, math.nan):
+        with pytest.raises(ValueError) as error: Batches(x, size=size)
+        one_line(error, "at least one row")
+    for batch, word in (({"x": x}, "dict"), ((x, None), "NoneType"), (torch.tensor(1.), "Tensor"), ((), "nothing")):
+        with pytest.raises(ValueError) as error: line(batches=lambda step: batch, steps=1)
+        one_line(error, "a batch of tensors (n, ...)", f"found {word}")
 
 
 # --- disk ---------------------------------------------------------------------------------------------------------------------

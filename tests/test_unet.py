@@ -1,9 +1,10 @@
 "The network: shapes, conditions, the seam, equal parameters for both outputs, and errors in one line."
 import inspect
+import math
 import pytest, torch
 from disdiff_tutorial.diffusion import unet
-from disdiff_tutorial.diffusion.sde import VESDE, VPSDE
-from disdiff_tutorial.diffusion.unet import Attention, UNet
+from disdiff_tutorial.diffusion.sde import SubVPSDE, VESDE, VPSDE, like
+from disdiff_tutorial.diffusion.unet import AdaGN, Attention, ResBlock, Stage, TimeEmbedding, UNet, norm
 
 def awake(net):
     "Random weights everywhere: a fresh net answers 0."
@@ -28,6 +29,68 @@ def test_null_is_a_condition(tokens):
     net = awake(UNet(width=16, cond_dim=5, tokens=tokens)); x, t = torch.randn(4, 1, 8, 8), torch.rand(4)
     null = net.null.expand(4, 1, -1) if tokens else net.null.expand(4, -1)
     with torch.no_grad(): assert torch.equal(net(x, t), net(x, t, null)) and not torch.allclose(net(x, t), net(x, t, torch.zeros_like(null)))
+
+def test_learned_null_is_what_none_means():
+    net = awake(UNet(width=16, cond_dim=5)); x, t = torch.randn(4, 1, 8, 8), torch.rand(4)
+    with torch.no_grad():
+        before = net(x, t); net.null.mul_(2)
+        assert not torch.allclose(net(x, t), before)
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_adagn_is_the_formula(coded):
+    "Score components (14), with t_s and zeta_s counted from 1."
+    layer = awake(AdaGN(16, 12, 5 if coded else None)); h, temb, z = torch.randn(3, 16, 5, 7), torch.randn(3, 12), torch.randn(3, 5)
+    t_s, t_b = (x[:, :, None, None] for x in layer.time(temb).chunk(2, 1))
+    zeta = 1 + layer.code(z)[:, :, None, None] if coded else 1.
+    wanted = zeta * ((1 + t_s) * layer.norm(h) + t_b)
+    for h in (h, h.to(memory_format=torch.channels_last)): assert torch.allclose(layer(h, temb, z if coded else None), wanted, atol=1e-5)
+
+def test_fresh_parts_change_nothing():
+    h, temb, z = torch.randn(3, 16, 4, 4), torch.randn(3, 12), torch.randn(3, 5); layer = AdaGN(16, 12, 5)
+    assert torch.allclose(layer(h, temb, z), layer.norm(h), atol=1e-6)
+    assert torch.equal(ResBlock(16, 16, 12, 5)(h, temb, z), h) and torch.equal(Stage(16, 16, 12, None, True, 5)(h, temb, z[:, None]), h)
+
+def test_groups(): assert [norm(c).num_groups for c in (4, 8, 36, 64, 128, 512)] == [1, 2, 1, 16, 32, 32]
+
+def test_time_as_clocks():
+    embed = TimeEmbedding(8); embed.mlp = torch.nn.Identity(); t = torch.tensor([0., .3, 1.])
+    angles = 1000 * t[:, None] * torch.tensor([10_000 ** -(k / 4) for k in range(4)])
+    assert torch.allclose(embed(t), torch.cat([angles.sin(), angles.cos()], 1), atol=1e-4)
+
+def test_middle_attends_if_any_level_does():
+    told = lambda **kw: UNet(width=16, mults=(1, 2), **kw).middle.attend is not None
+    assert told(attend=(0,)) and told(attend=(1,)) and not told()
+    assert [s[0].attend is not None for s in UNet(width=16, mults=(1, 2), attend=(0,)).down] == [True, False]
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()], ids=["vp", "subvp", "ve"])
+@pytest.mark.parametrize("target", ["v", "x0"])
+def test_target_becomes_eps_outside(sde, target):
+    "The layers see xt at the scale of the data, and what they answer, taken as `target`, gives the eps that the net hands out."
+    net, t = awake(UNet(width=16, sde=sde, target=target)), torch.tensor([.1, .5, .9]); xt = like(sde.sigma(t), torch.randn(3, 1, 8, 8)) * torch.randn(3, 1, 8, 8)
+    a, s = (like(f(t), xt) for f in (sde.alpha, sde.sigma))
+    with torch.no_grad():
+        answer = net.layers(xt / (a**2 + s**2).sqrt(), t, None)
+        wanted = (s * xt + a * answer) / (a**2 + s**2) if target == "v" else (xt - a * answer) / s
+        assert torch.allclose(net(xt, t), wanted, atol=1e-5, rtol=1e-4)
+
+def test_unpacking_puts_pixels_back():
+    net = awake(UNet(width=16, stem=2)); x = torch.arange(64.).view(1, 1, 8, 8)
+    assert torch.equal(net.unpack(net.pack(x)), x) and net.pack(x).shape == (1, 4, 4, 4)
+
+@pytest.mark.parametrize("channels,heads", [(16, 1), (48, 1), (64, 2), (100, 2), (112, 2), (200, 5), (224, 7)])
+def test_heads_divide_the_channels(channels, heads):
+    layer = Attention(channels); assert layer.heads == heads and layer(torch.randn(2, channels, 3, 3)).shape == (2, channels, 3, 3)
+
+@pytest.mark.parametrize("kw,part", [(dict(width=0), "a width divisible by 4, found 0"), (dict(width=30), "a width divisible by 4"), (dict(mults=()), "each of mults at least 1"), (dict(blocks=0), "at least 1"),
+                                     (dict(mults=(1, 0)), "at least 1"), (dict(stem=0), "at least 1"), (dict(channels=0), "at least 1"), (dict(attend=(2,)), "attention at levels from 0 to 1, found (2,)"),
+                                     (dict(attend=[-1]), "attention at levels from 0 to 1"), (dict(tokens=[2], cond_dim=3), "tokens at levels from 0 to 1"), (dict(cond_dim=0), "cond_dim None or at least 1"),
+                                     (dict(tokens=True), "cond_dim with tokens"), (dict(target="eps"), "target 'v' or 'x0'")])
+def test_bad_sizes(kw, part):
+    with pytest.raises(ValueError) as err: UNet(**kw)
+    assert part in str(err.value) and "\n" not in str(err.value)
+
+def test_no_token_at_all():
+    with pytest.raises(ValueError, match="expected cond of shape .*, found \\(2, 0, 5\\)"): UNet(width=16, cond_dim=5, tokens=True)(torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, 0, 5))
 
 def test_images_do_not_mix():
     net = awake(UNet(width=16, attend=(1,), cond_dim=5)); x, t, z = torch.randn(4, 1, 8, 8), torch.rand(4), torch.randn(4, 5)

@@ -27,6 +27,7 @@ class Encoder(nn.Module):
     The paper takes the first half of its U-Net."""
     def __init__(self, shape, k=3, dim=128, width=32, apart=True):
         super().__init__()
+        require(len(shape) == 3 and min(*shape, k, dim, width) > 0, "a shape (C, H, W), and k, dim and width of 1 or more", f"{tuple(shape)}, {k}, {dim}, {width}", "give images.shape[1:] and counts above 0")
         c, h, w = shape
         require(h % 8 == 0 == w % 8, "images with sides that 8 divides", f"{h} x {w}", "pad or resize them")
         layer = lambda a, b, size, stride: [nn.Conv2d(a, b, size, stride, 1), norm(b), nn.SiLU()]
@@ -40,17 +41,24 @@ class Encoder(nn.Module):
         return torch.cat([net(x) for net in self.each], 1).unflatten(1, (self.k, -1))
 
 # %% ../../nbs/components/70_decomposition.ipynb #64d1ef21
+def _listed(which, k):
+    "Numbers of components, a number or several (list, tensor, array), as a list; one line if they are not among k."
+    which = list(which) if isinstance(which, (list, tuple, set, range)) else torch.as_tensor(which).flatten().tolist()
+    require(all(i in range(k) for i in which), f"components from 0 to {k - 1}", which, "count from 0")
+    return which
+
 def blend(k, only=None, dilute=(), alpha=1., weights=None):
     """Weights (k + 1,) of k components and, last, of the unconditional score. Default: 1 / k each, score components (12). `only`: the components (a number or several) that share the weight.
-    `dilute`: components of which only `alpha` is kept and the rest given to the unconditional score, (15), (16). `weights` (k,): relative weights in place of equal ones, brought to sum 1 (Figure 6)."""
-    listed = lambda which: [which] if isinstance(which, int) else list(which)
-    chosen = [*listed(dilute), *([] if only is None else listed(only))]
-    require(all(0 <= i < k for i in chosen), f"components from 0 to {k - 1}", chosen, "count from 0")
-    w = torch.zeros(k) if only is not None else torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-    if only is not None: w[listed(only)] = 1.
-    require(w.shape == (k,) and w.sum() > 0, f"{k} weights with a sum above 0", w.tolist(), "give one for each component")
+    `dilute`: components of which only `alpha` is kept and the rest given to the unconditional score, (15), (16). `weights` (k,): relative weights in place of equal ones, brought to sum 1 (Figure 6).
+    A `ValueError` for components that are not there, weights without a sum above 0, or both `only` and `weights`."""
+    require(k >= 1, "one or more components", k, "give their number")
+    require(only is None or weights is None, "`only` or `weights`", "both", "leave one out")
+    require(abs(alpha) < float("inf"), "a finite alpha", alpha, "use 0 to 1")
+    dilute, w = _listed(dilute, k), torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+    if only is not None: w = torch.zeros(k).index_fill(0, torch.tensor(_listed(only, k), dtype=torch.int64), 1.)
+    require(w.shape == (k,) and 0 < w.sum() < float("inf"), f"{k} weights with a sum above 0, and finite", w.tolist(), "give one for each component")
     w = torch.cat([w / w.sum(), torch.zeros(1)])
-    for i in set(listed(dilute)): w[k], w[i] = w[k] + (1 - alpha) * w[i], alpha * w[i]
+    for i in set(dilute): w[k], w[i] = w[k] + (1 - alpha) * w[i], alpha * w[i]
     return w
 
 # %% ../../nbs/components/70_decomposition.ipynb #faff5c06
@@ -58,18 +66,25 @@ def picture_weight(sde, t):
     "lambda(t) = sigma^4 / alpha^2 in terms of the score, sigma^2 / alpha^2 in terms of the noise: every time counts the same in the predicted picture."
     return (sde.sigma(t) / sde.alpha(t)) ** 2
 
+def _weights(w, k):
+    "w (k + 1,) as a tensor; one line if it is not, or if it holds nothing to follow."
+    w = torch.as_tensor(w)
+    require(w.shape == (k + 1,) and w.isfinite().all() and w.any(), f"{k + 1} weights, the last of the unconditional score, finite and not all 0", w.tolist(), "make them with blend")
+    return w
+
 class ComponentScore(nn.Module):
     """Pictures as a mean of k scores, score components (12). `encoder`: images (n, C, H, W) -> latents (n, k, dim). `net`: any net(xt, t, cond) -> eps with cond (n, dim); one for all components.
     The unconditional score is that of a vector of ones. Latents with several components travel as `cond` (n, k, dim), so that the model itself is a net for every sampler."""
     def __init__(self, net, encoder, k, sde=SubVPSDE(), dim=None):
         super().__init__()
+        require(k >= 1, "one or more components", k, "give their number")
         self.net, self.encoder, self.k, self.sde, self.dim = net, encoder, k, sde, dim or getattr(net, "cond_dim", None)
         require(self.dim, "dim, or a net with cond_dim", "neither", "say how many numbers a latent has")
 
     def latents(self, x):
         "Latents (n, k, dim) of images (n, C, H, W), uint8 or floats, with a gradient: (10) for k latents."
         zeta = self.encoder(to_float(x))
-        require(zeta.ndim == 3 and zeta.shape[1] == self.k, f"an encoder that returns (n, {self.k}, dim)", tuple(zeta.shape), "unflatten its last layer")
+        require(zeta.shape[1:] == (self.k, self.dim), f"an encoder that returns (n, {self.k}, {self.dim})", tuple(zeta.shape), "unflatten its last layer, or set dim")
         return zeta
 
     @torch.no_grad()
@@ -79,13 +94,14 @@ class ComponentScore(nn.Module):
 
     def components(self, xt, t, zeta):
         "The noise that each of m latents predicts: xt (n, C, H, W), t (n,), zeta (n, m, dim) -> (n, m, C, H, W). The m passes are one batch."
+        require(zeta.ndim == 3 and len(zeta) == len(xt) and zeta.shape[1] > 0, f"latents ({len(xt)}, m, {self.dim}) with m of 1 or more", tuple(zeta.shape), "give a row for each picture, from encode(images)")
         n, m = zeta.shape[:2]
         fold = lambda v: v.repeat_interleave(m, 0)
         return self.net(fold(xt), fold(t), zeta.flatten(0, 1)).unflatten(0, (n, m))
 
     def mixed(self, xt, t, zeta, weights):
         "The field with `weights` (k + 1,) as `blend` gives them: (12), (15), (16). Fields of weight 0 are not computed."
-        every = torch.cat([zeta, torch.ones_like(zeta[:, :1])], 1)
+        weights, every = _weights(weights, zeta.shape[1]), torch.cat([zeta, torch.ones_like(zeta[:, :1])], 1)
         live = weights.nonzero()[:, 0].tolist()
         return torch.einsum("nm...,m->n...", self.components(xt, t, every[:, live]), weights[live].to(xt))
 
@@ -119,8 +135,7 @@ class ComponentScore(nn.Module):
     def sample(self, zeta, weights=None, steps=30, method="dpm++", **kind):
         "Images (n, C, H, W) in [-1, 1] of latents (n, k, dim), by `weights` (k + 1,) of `blend`, default all components alike. `kind`: options of `diffusion.sampling.sample`; the paper's sampler is method='em'."
         require(zeta.ndim == 3 and zeta.shape[1] == self.k, f"latents (n, {self.k}, dim)", tuple(zeta.shape), "take them from encode(images)")
-        w = blend(self.k) if weights is None else weights
-        require(w.shape == (self.k + 1,), f"{self.k + 1} weights, the last of the unconditional score", tuple(w.shape), "make them with blend")
+        w = blend(self.k) if weights is None else _weights(weights, self.k)
         was, _ = self.training, self.eval()
         try: return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *self.encoder.shape), zeta, method, steps, **kind).clamp(-1, 1)
         finally: self.train(was)
@@ -129,9 +144,11 @@ class OnePass(ComponentScore):
     """All k fields by one pass of a net on k times the channels that hears all latents at once, `cond` (n, k x dim): the cost hardly grows with k. But a field is no function of its own latent alone, so a component
     cannot be taken out or moved without touching the others."""
     def components(self, xt, t, zeta):
+        require(zeta.shape == (len(xt), self.k, self.dim), f"latents ({len(xt)}, {self.k}, {self.dim})", tuple(zeta.shape), "take them from encode(images)")
         return self.net(xt.repeat(1, self.k, 1, 1), t, zeta.flatten(1)).unflatten(1, (self.k, -1))
 
     def mixed(self, xt, t, zeta, weights):
+        weights = _weights(weights, self.k)
         fields = torch.einsum("nm...,m->n...", self.components(xt, t, zeta), weights[:self.k].to(xt))
         return fields + weights[self.k] * self(xt, t) if weights[self.k] else fields
 
@@ -139,8 +156,9 @@ class OnePass(ComponentScore):
         return self.components(xt, t, self.ones(xt)[:, None].expand(-1, self.k, -1) if cond is None else cond).mean(1)
 
 def compose(zeta, other, which):
-    "Latents (n, k, dim) with the components `which` (a number or several) taken from `other`."
-    out = zeta.clone()
+    "Latents (n, k, dim) with the components `which` (a number or several) taken from `other`, (n, k, dim) or one row of it."
+    require(zeta.ndim == 3 and other.shape[1:] == zeta.shape[1:] and len(other) in (1, len(zeta)), f"other latents {tuple(zeta.shape)}, or one row", tuple(other.shape), "encode both with the same model")
+    out, which = zeta.clone(), _listed(which, zeta.shape[1])
     out[:, which] = other[:, which]
     return out
 
@@ -249,10 +267,14 @@ def held_out(data):
 # %% ../../nbs/components/70_decomposition.ipynb #bccd7eb5
 def carried(zeta, factors, zeta_test, factors_test, C=.1):
     """What can be read from each of k components, and last from all of them: latents (n, k, dim), factors (n, F) whole -> information in nats, at least, (k + 1, F); held-out accuracy (k + 1, F); entropies (F,).
-    By logistic regressions on standardised latents, scored on the test pair."""
-    from disdiff_tutorial.metrics.disentanglement import entropies, numbered, regression, standardised
-    y, sizes = numbered(factors.cpu())
-    y_test, _ = numbered(factors_test.cpu(), reference=factors.cpu())
+    By logistic regressions on standardised latents, scored on the test pair, whose values of factors must occur in the other."""
+    from disdiff_tutorial.metrics.disentanglement import checked, entropies, numbered, regression, same_width, standardised
+    require(zeta.ndim == 3 and zeta.shape[1:] == zeta_test.shape[1:], "latents (n, k, dim), and test latents like them", f"{tuple(zeta.shape)} and {tuple(zeta_test.shape)}", "encode both with the same model")
+    (_, factors), (_, factors_test) = checked(zeta.flatten(1).cpu(), factors.cpu()), checked(zeta_test.flatten(1).cpu(), factors_test.cpu())
+    same_width(zeta[:, 0], zeta_test[:, 0], factors, factors_test)
+    y, sizes = numbered(factors)
+    y_test, _ = numbered(factors_test, reference=factors)
+    require((y_test >= 0).all(), "test factors whose values occur in the fit", f"{int((y_test < 0).sum())} that do not", "fit on more pictures")
     views = [(z[:, i] if i < z.shape[1] else z.flatten(1)).cpu() for i in range(zeta.shape[1] + 1) for z in (zeta, zeta_test)]
     H, info, right = entropies(y_test, sizes), [], []
     for a, b in zip(views[::2], views[1::2]):
@@ -264,16 +286,21 @@ def carried(zeta, factors, zeta_test, factors_test, C=.1):
 
 # %% ../../nbs/components/70_decomposition.ipynb #726b82df
 def antisymmetric(field, x, probes=4, generator=None):
-    """Share of the Jacobian J of `field` at x (n, ...) that is antisymmetric: |J - J^T| / 2 over |J| (Frobenius norms, all rows together), by random probes -> float. 0 for the gradient of an energy, 1 for a pure rotation,
-    about 0.71 for a random matrix."""
+    """Share of the Jacobian J of `field` at x (n, ...) that is antisymmetric: |J - J^T| / 2 over |J| (Frobenius norms, all rows together), by random probes -> float. 0 for the gradient of an energy (a constant field, too),
+    1 for a pure rotation, about 0.71 for a large random matrix."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    require(probes >= 1, "one or more probes", probes, "use 4")
+    require(x.is_floating_point() and x.isfinite().all(), "finite floats x", f"{x.dtype}, {int((~x.isfinite()).sum())} not finite", "look at what made x")
     x, part, whole = x.detach().requires_grad_(), 0., 0.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):              # the fused attention has no second derivative
         for _ in range(probes):
             v = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
             y, u = field(x), torch.zeros_like(x, requires_grad=True)
+            require(y.shape == x.shape and y.requires_grad, f"a field {tuple(x.shape)} -> the same, with a gradient", f"{tuple(y.shape)}, {'with' if y.requires_grad else 'without'} one", "compute it from x, by torch alone")
             (g,) = torch.autograd.grad(y, x, u, create_graph=True)       # J^T u, linear in u
             (back,) = torch.autograd.grad(y, x, v, retain_graph=True)    # J^T v
             (forth,) = torch.autograd.grad(g, u, v)                      # J v
+            forth, back = forth.double(), back.double()                  # squares of large numbers leave float32
             part, whole = part + ((forth - back) / 2).square().sum(), whole + (forth.square() + back.square()).sum() / 2
-    return (part / whole).sqrt().item()
+    require(whole.isfinite(), "a field with a finite Jacobian", whole.item(), "look for the NaN in the field")
+    return (part / whole).sqrt().item() if whole else 0.

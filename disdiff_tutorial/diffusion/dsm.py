@@ -6,6 +6,7 @@
 __all__ = ['T_MIN', 'uniform_time', 'unit', 'likelihood', 'v_weight', 'middle_time', 'dsm_loss', 'drop_cond', 'soft_truncation']
 
 # %% ../../nbs/diffusion/21_dsm.ipynb #37c14636
+import math
 import torch
 from ..core import require
 from .sde import like
@@ -28,8 +29,9 @@ def likelihood(sde, t):
 
 # %% ../../nbs/diffusion/21_dsm.ipynb #7c21e0a1
 def v_weight(sde, t):
-    "lambda(t) = sigma^2 / alpha^2 in terms of the score: every time counts the same in v."
-    return sde.alpha(t) ** -2
+    "Every time counts the same in v: an error in eps is (alpha^2 + sigma^2) / alpha times as large in v, for VP 1 / alpha times. In terms of the score, lambda = sigma^2 / alpha^2 for VP."
+    a, s = sde.alpha(t), sde.sigma(t)
+    return ((a**2 + s**2) / a) ** 2
 
 def middle_time(n, device=None):
     "Times (n,), logit-normal: most where a picture is decided, around 0.4; few at the ends, where there is little left to learn."
@@ -37,15 +39,21 @@ def middle_time(n, device=None):
 
 # %% ../../nbs/diffusion/21_dsm.ipynb #7a49ead5
 def dsm_loss(net, x0, sde, cond=None, weighting=unit, time=uniform_time):
-    "Denoising score matching, LCG-DM (3); with `cond`, LCG-DM (6). x0 (n, ...) in [-1, 1] -> mean over images and pixels of weight x squared noise error."
+    """Denoising score matching, LCG-DM (3); with `cond`, LCG-DM (6). x0 (n, ...) in [-1, 1] -> mean over images and pixels of weight x squared noise error.
+    net(xt, t, cond) -> eps of the shape of x0; weighting(sde, t) and time(n, device) -> (n,)."""
+    good = x0.is_floating_point() and x0.ndim > 1 and x0.numel() > 0
+    require(good, "floats x0 (n, ...), not empty", f"{x0.dtype} {tuple(x0.shape)}", "use to_float on images, x[:, None] on numbers")
     t, eps = time(len(x0), x0.device), torch.randn_like(x0)
-    err = net(sde.perturb(x0, t, eps), t, cond) - eps
-    return (weighting(sde, t) * err.square().flatten(1).mean(1)).mean()
+    guess, weight = net(sde.perturb(x0, t, eps), t, cond), weighting(sde, t)
+    require(guess.shape == x0.shape, f"a net that answers {tuple(x0.shape)}", tuple(guess.shape), "one number per pixel")   # else the difference broadcasts
+    require(weight.shape == t.shape, f"weights of shape {tuple(t.shape)}", tuple(weight.shape), "one per image")
+    return (weight * (guess - eps).square().flatten(1).mean(1)).mean()
 
 # %% ../../nbs/diffusion/21_dsm.ipynb #9ed9ac70
 def drop_cond(cond, null, p, generator=None):
     "Replace each row of cond (n, d) or (n, N, D) by `null` (broadcast to a row) with probability p, so that one net learns both scores."
     require(0 <= p <= 1, "a probability p in [0, 1]", p, "use 0.1 to 0.2")
+    require(cond.is_floating_point(), "conditions of floats, as the null is", cond.dtype, "use .float()")     # whole numbers would cut the null to 0
     drop = torch.rand(len(cond), generator=generator, device=cond.device) < p
     return torch.where(like(drop, cond), null.to(cond.dtype).expand_as(cond), cond)
 
@@ -53,8 +61,11 @@ def drop_cond(cond, null, p, generator=None):
 def soft_truncation(t_min=1e-5, k=1.):
     "Times of soft truncation: each batch draws its own smallest time from a density proportional to tau^-k on [t_min, 1], then t uniform above it."
     require(0 < t_min < 1, "0 < t_min < 1", t_min, "try 1e-5")
+    require(math.isfinite(k), "a finite power k", k, "try 1 or 2")
+    low, c = math.log(t_min), 1 - k
     def time(n, device=None):
-        u = torch.rand((), device=device)
-        tau = t_min ** (1 - u) if k == 1 else (t_min ** (1 - k) + u * (1 - t_min ** (1 - k))) ** (1 / (1 - k))   # inverse of the CDF
+        u = torch.rand((), device=device).double()
+        # inverse of the CDF, (t_min^c (1 - u) + u)^(1 / c), in logarithms: t_min^c overflows for large k; near k = 1 its limit t_min^(1 - u)
+        tau = ((1 - u) * low if abs(c) < 1e-6 else torch.logaddexp(c * low + torch.log1p(-u), u.log()) / c).exp().float()
         return tau + (1 - tau) * torch.rand(n, device=device)
     return time

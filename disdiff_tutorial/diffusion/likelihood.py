@@ -40,16 +40,19 @@ def dequantise(images, generator=None):
     check_images(images)
     require(images.dtype == torch.uint8, "uint8 images", images.dtype, "dequantise before scaling")
     noise = torch.rand(images.shape, generator=generator, device=generator.device if generator else images.device).to(images.device)
-    return (images + noise) / 128 - 1
+    return (images + noise.clamp(max=1 - 2**-16)) / 128 - 1             # 255 + u rounds to 256 for the last u below 1
 
 # %% ../../nbs/diffusion/25_likelihood.ipynb #15f7d35b
 def log_likelihood(net, sde, x0, cond=None, probes=1, t_min=1e-5, tol=1e-5, generator=None):
     """log p(x0) or log p(x0 | cond) by the probability-flow ODE and the instantaneous change of variables: x0 floats (n, ...) -> `LogLikelihood`.
 
     `probes`: random signs per image for Hutchinson's unbiased estimate of the divergence, or None for the exact trace (low dimensions).
-    `tol`: tolerance of the adaptive solver. `t_min`: where it starts; a net that was trained on [T_MIN, 1] knows nothing below. Images: pass `dequantise(images)`."""
-    require(probes is None or probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
+    `tol`: tolerance of the adaptive solver, which sizes its steps for the batch as a whole: a strange image among a thousand usual ones is read less exactly than alone. `t_min`: where it starts; a net that was trained on [T_MIN, 1] knows nothing below. Images: pass `dequantise(images)`."""
+    require(probes is None or type(probes) is int and probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
     require(x0.is_floating_point(), "floats around [-1, 1]", x0.dtype, "pass dequantise(images)")
+    require(x0.ndim >= 2 and len(x0), "x0 (n, ...) with at least one row", tuple(x0.shape), "add the missing axis")
+    require(bool(x0.isfinite().all()), "finite x0", "NaN or infinity", "look at what made it")
+    require(tol > 0, "tol above 0", tol, "1e-5 leaves less than 0.01 nats")
     require(cond is None or len(cond) == len(x0), f"one condition per image, {len(x0)}", 0 if cond is None else len(cond), "repeat the condition")
     require(0 < t_min < 1, "t_min between 0 and 1", t_min, "start at 1e-5, or at T_MIN")
     signs = None

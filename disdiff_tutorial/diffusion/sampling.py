@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'em_step', 'langevin_step', 'integrate', 'flow', 'ddim_step', 'dpmpp_step', 'time_grid', 'guided',
-           'evaluating', 'place', 'sample', 'energy_test']
+           'evaluating', 'place', 'check_grid', 'sample', 'energy_test']
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #3ed029a9
 import contextlib, warnings
@@ -22,7 +22,7 @@ def em_step(x, eps, sde, s, t, noise):
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #7438c9c8
 def langevin_step(x, eps, sde, t, noise, snr=0.16):
-    "One corrector step: Langevin dynamics at time t, sized so that its pull is `snr` times its noise."
+    "One corrector step: Langevin dynamics at time t, sized so that its pull is `snr` times its noise, both as means over the batch: samples of one batch share the size."
     score = -eps / sde.sigma(t)
     size = 2 * (snr * noise.flatten(1).norm(dim=1).mean() / score.flatten(1).norm(dim=1).mean())**2
     return x + size * score + (2 * size).sqrt() * noise
@@ -67,6 +67,8 @@ def dpmpp_step(x, x0, sde, s, t, last=None):
 def time_grid(steps, device=None, power=2.5):
     """`steps` + 1 times from 1 down: even in t^(1 / power) to T_MIN, then 0, where the prediction of x0 is taken as it is. A `power` above 1 spends more of the
     steps near 0, where log(alpha / sigma) runs fast."""
+    require(isinstance(steps, int) and steps >= 1, "steps >= 1, a whole number", steps, "20 to 50 do for dpm++ and ddim, 500 for em and pc")
+    require(power > 0, "power above 0", power, "1 for steps even in t, 2.5 for fast samplers")
     return torch.cat([torch.linspace(1, T_MIN**(1 / power), steps)**power, torch.zeros(1)]).to(device)
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #42a08a8a
@@ -79,6 +81,7 @@ def guided(net, cond=None, guidance=1., null=None):
     if cond is None or guidance == 1: return lambda xt, t: net(xt, t, cond)
     null = getattr(net, "null", None) if null is None else null
     require(null is not None, "a null condition", "none", "pass null=torch.zeros(d), or use a net with a learned null")
+    require(null.shape == cond.shape[-null.ndim:], f"a null condition of the shape of one condition, {tuple(cond.shape[1:])}", tuple(null.shape), "give as many numbers")
     nulls = null.to(cond).expand_as(cond)
     if guidance == 0: return lambda xt, t: net(xt, t, nulls)
     both = torch.cat([cond, nulls])
@@ -105,27 +108,34 @@ def place(net, *tensors):
     known = [x for x in tensors if x is not None] + (list(net.parameters()) if isinstance(net, nn.Module) else [])
     return known[0].device if known else torch.device("cpu")
 
+def check_grid(times):
+    "Raise unless `times` is a tensor of falling times in [0, 1]: a step that stands still, or starts at 0, divides by zero."
+    require(torch.is_tensor(times) and times.ndim == 1 and len(times), "a tensor of times", tuple(times.shape) if torch.is_tensor(times) else type(times).__name__, "torch.linspace(1, 0, 21) makes one")
+    check_time(times)
+    require(bool((times.diff() < 0).all()), "times that fall", f"{times[0]:.3g} to {times[-1]:.3g}, with a step that does not", "sort them from noise to data, each once")
+
 # %% ../../nbs/diffusion/24_sampling.ipynb #308959a1
 def sample(net, sde, shape, cond=None, method="dpm++", steps=50, guidance=1., null=None, x=None, eta=0., times=None, generator=None, progress=False):
     """Samples of `shape` (n, ...) from net(xt, t, cond) -> eps, trained with `sde`; images come as floats around [-1, 1].
 
     `method`: em (Euler-Maruyama), pc (em with a Langevin corrector), ode (adaptive, ignores `steps`), ddim (`eta` 0 to 1), dpm++ (second order). `steps` are
     evaluations of the net, two each for pc. `guidance` and `null` as in `guided`. `x`: the noise to start from, else drawn with `generator`. `times`: from 1 down to 0,
-    else `time_grid`, even in t for em and pc. Every method ends with the prediction of x0."""
+    else `time_grid`, even in t for em and pc. At t = 0 every method ends with the prediction of x0; `times` that end earlier leave the noise of their last time."""
     require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method), "choose one of them")
-    require(steps >= 1, "steps >= 1", steps, "20 to 50 do for dpm++ and ddim, 500 for em and pc")
+    require(eta == 0 or method == "ddim" and 0 < eta <= 1, "eta from 0 to 1, and 0 unless the method is ddim", f"{eta} for {method}", "em and pc draw noise by themselves, ode and dpm++ never")
+    require(x is None or x.is_floating_point() and tuple(x.shape) == tuple(shape), f"floats of shape {tuple(shape)} to start from", "" if x is None else f"{x.dtype} {tuple(x.shape)}", "give x the shape of the samples")
     require(cond is None or len(cond) == shape[0], f"one condition per sample, {shape[0]}", 0 if cond is None else len(cond), "repeat the condition")
-    if times is not None: check_time(times)
+    times = time_grid(steps, power=1. if method in ("em", "pc") else 2.5) if times is None else times
+    check_grid(times)
     where = place(net, x, cond)
     draw = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else where).to(where)
     x = sde.prior_std * draw() if x is None else x
-    times = time_grid(steps, where, 1. if method in ("em", "pc") else 2.5) if times is None else times.to(where)
-    eps, last = guided(net, cond, guidance, null), None
+    times, eps, last = times.to(where), guided(net, cond, guidance, null), None
     with evaluating(net):
         if method == "ode":
-            end = torch.tensor(T_MIN, device=where)
-            x = flow(eps, sde, x, times[0], end)
-            return ddim_step(x, eps(x, end.expand(len(x))), sde, end, times[-1])
+            end = times[-1].clamp(min=min(T_MIN, times[0].item()))               # below T_MIN the net knows nothing
+            if times[0] > end: x = flow(eps, sde, x, times[0], end)
+            return ddim_step(x, eps(x, end.expand(len(x))), sde, end, times[-1]) if times[-1] < end else x
         for s, t in progress_bar(list(zip(times, times[1:])), show=progress):
             e = eps(x, s.expand(len(x)))
             if method == "dpm++":
@@ -141,9 +151,12 @@ def sample(net, sde, shape, cond=None, method="dpm++", steps=50, guidance=1., nu
 def energy_test(x, y, permutations=200, generator=None):
     """Two-sample energy test of x (n, d) and y (m, d): (energy distance, p-value by permutation). A small p says that the two differ.
     The distance is 2 E|x - y| - E|x - x'| - E|y - y'|, zero only for equal distributions."""
+    require(x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and len(x) and len(y), "two sets (n, d) and (m, d), none empty", f"{tuple(x.shape)} and {tuple(y.shape)}", "flatten each sample to one row")
+    require(permutations >= 1, "permutations >= 1", permutations, "p can't be below 1 / (permutations + 1)")
     pool = torch.cat([x, y]).double()
-    apart = torch.cdist(pool, pool)
-    sign = torch.cat([torch.full((len(x),), 1 / len(x)), torch.full((len(y),), -1 / len(y))]).to(pool)
+    require(bool(pool.isfinite().all()), "finite samples", "NaN or infinity", "look at the sampler")
+    apart = torch.cdist(pool, pool, compute_mode="donot_use_mm_for_euclid_dist")         # matrix products would lose the distances of samples far from 0
+    sign = torch.cat([pool.new_full((len(x),), 1 / len(x)), pool.new_full((len(y),), -1 / len(y))])
     signs = torch.stack([sign] + [sign[torch.randperm(len(pool), generator=generator)] for _ in range(permutations)])    # the real one first
     distance = -((signs @ apart) * signs).sum(1)
-    return distance[0].item(), (distance >= distance[0]).double().mean().item()
+    return distance[0].item(), (distance >= distance[0] - 1e-12 * apart.mean()).double().mean().item()                 # of discrete samples many draws are as far apart, but for rounding

@@ -14,12 +14,13 @@ from ..core import require
 # %% ../../nbs/diffusion/20_sde.ipynb #abde5c71
 def like(t, x):
     "Reshape times (n,) so that they multiply x (n, ...); a scalar stays a scalar."
-    return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
+    return t.reshape(t.numel(), *[1] * (x.ndim - 1)) if t.ndim else t
 
 def check_time(t):
     "Raise unless all times lie in [0, 1]. Not checked on a GPU, where reading them would stall every step."
-    if t.device.type == "cpu":
-        require(bool(((t >= 0) & (t <= 1)).all()), "times t in [0, 1]", f"{t.min():.3g} to {t.max():.3g}", "divide steps by their number")
+    require(isinstance(t, torch.Tensor), "times as a tensor", repr(t), "use torch.tensor(t)")
+    if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
+        require(False, "times t in [0, 1]", f"{t.min():.3g} to {t.max():.3g}", "divide steps by their number")
 
 # %% ../../nbs/diffusion/20_sde.ipynb #744bd4f2
 class SDE:
@@ -36,8 +37,10 @@ class SDE:
         return like(self.rate(t), xt) * xt
 
     def perturb(self, x0, t, eps):
-        "xt = alpha x0 + sigma eps: a draw of p(xt | x0) in one step, for x0 and eps (n, ...), t (n,) in [0, 1]."
+        "xt = alpha x0 + sigma eps: a draw of p(xt | x0) in one step, for floats x0 and eps (n, ...), t (n,) or a scalar in [0, 1]."
         check_time(t)
+        fits = x0.is_floating_point() and eps.shape == x0.shape and t.shape in ((), x0.shape[:1])      # broadcasting would mix images without a word
+        require(fits, "floats x0 and eps of one shape (n, ...), times (n,)", f"{x0.dtype} {tuple(x0.shape)}, {tuple(eps.shape)}, {tuple(t.shape)}", "use to_float on images, one time per image")
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * eps
 
     def prior(self, shape, generator=None, device=None):
@@ -52,6 +55,7 @@ class SDE:
         """The same prediction in other words: `source` and `target` among 'eps', 'score', 'x0', 'v'.
         score = -eps / sigma; x0 = (xt - sigma eps) / alpha; v = alpha eps - sigma x0."""
         for word in (source, target): require(word in ("eps", "score", "x0", "v"), "eps, score, x0 or v", repr(word), "choose one of them")
+        require(value.shape == xt.shape, f"a prediction of the shape of xt, {tuple(xt.shape)}", tuple(value.shape), "let the net answer every pixel")
         a, s = like(self.alpha(t), xt), like(self.sigma(t), xt)
         return value if source == target else from_pair(*to_pair(value, xt, a, s, source), a, s, target)
 
@@ -59,7 +63,7 @@ class SDE:
 class VPSDE(SDE):
     "Variance preserving: f = -beta/2, g^2 = beta, with beta(t) linear from `beta_min` to `beta_max`; alpha^2 + sigma^2 = 1."
     def __init__(self, beta_min=0.1, beta_max=20.):
-        require(0 < beta_min <= beta_max, "0 < beta_min <= beta_max", f"{beta_min}, {beta_max}", "swap or correct them")
+        require(0 < beta_min <= beta_max < math.inf, "0 < beta_min <= beta_max < inf", f"{beta_min}, {beta_max}", "swap or correct them")
         self.beta_min, self.beta_max = beta_min, beta_max
     def beta(self, t): return self.beta_min + t * (self.beta_max - self.beta_min)
     def log_alpha(self, t): return -t**2 * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
@@ -76,7 +80,7 @@ class SubVPSDE(VPSDE):
 class VESDE(SDE):
     "Variance exploding: no drift, noise from `sigma_min` to `sigma_max` in geometric steps; sigma^2(t) = s(t)^2 - s(0)^2, so sigma(0) = 0."
     def __init__(self, sigma_min=0.01, sigma_max=50.):
-        require(0 < sigma_min < sigma_max, "0 < sigma_min < sigma_max", f"{sigma_min}, {sigma_max}", "swap or correct them")
+        require(0 < sigma_min < sigma_max < math.inf, "0 < sigma_min < sigma_max < inf", f"{sigma_min}, {sigma_max}", "swap or correct them")
         self.sigma_min, self.prior_std, self.log_ratio = sigma_min, sigma_max, math.log(sigma_max / sigma_min)
     def log_alpha(self, t): return torch.zeros_like(t)
     def sigma(self, t): return self.sigma_min * torch.expm1(2 * self.log_ratio * t).sqrt()
@@ -87,6 +91,7 @@ class VESDE(SDE):
 class DDPM(VPSDE):
     "The discrete chain of DDPM, `steps` betas linear from `beta_start` to `beta_end`, as a VP-SDE: exact at t = i/steps, log-linear between."
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02):
+        require(isinstance(steps, int) and steps >= 1, "a whole number of steps, 1 or more", steps, "DDPM has 1000")
         require(0 < beta_start <= beta_end < 1, "0 < beta_start <= beta_end < 1", f"{beta_start}, {beta_end}", "give the variance of one step, not a rate")
         super().__init__(steps * beta_start, steps * beta_end)   # the rates of the SDE that it discretises
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
@@ -105,11 +110,12 @@ class GaussianMixture:
     """Data that we can solve by hand: weights (k,), means (k, d), stds (k,) or (k, d). Noising keeps it a mixture, so p_t, its score,
     the score given a class and the likelihood are known in closed form for every SDE with xt = alpha x0 + sigma eps."""
     def __init__(self, weights, means, stds):
-        weights, self.means, stds = torch.as_tensor(weights), torch.as_tensor(means), torch.as_tensor(stds)
+        weights, self.means, stds = (x if x.is_floating_point() else x.float() for x in map(torch.as_tensor, (weights, means, stds)))
         k = len(weights)
         require(self.means.ndim == 2 and len(self.means) == k, f"means (k, d) for {k} weights", tuple(self.means.shape), "give one row per component")
         require(tuple(stds.shape) in ((k,), (k, 1), tuple(self.means.shape)), f"stds ({k},) or {tuple(self.means.shape)}", tuple(stds.shape), "give one or d per component")
-        require(bool((weights >= 0).all() and weights.sum() > 0 and (stds >= 0).all()), "weights and stds >= 0", "others", "correct them")
+        finite = all(bool(x.isfinite().all()) for x in (weights, self.means, stds))
+        require(finite and bool((weights >= 0).all() and weights.sum() > 0 and (stds >= 0).all()), "finite means, weights and stds >= 0, some weight above 0", "others", "correct them")
         self.weights, self.stds = weights / weights.sum(), stds.reshape(k, -1).expand_as(self.means)
 
     def sample(self, n, generator=None):
@@ -124,19 +130,22 @@ class GaussianMixture:
         weights = self.weights.expand(len(means), -1) if cond is None else cond
         return MixtureSameFamily(Categorical(logits=weights.log()), Independent(Normal(means, stds), 1))   # logits: a weight of 0 stays 0
 
-    def check(self, xt):
-        "Raise unless xt is (n, d): one column would broadcast without a word."
-        d = self.means.shape[1]
+    def check(self, xt, t, cond):
+        "Raise unless xt is (n, d), t in [0, 1] a scalar or (n,), cond (n, k) or one row: a wrong one could broadcast without a word."
+        (k, d), n = self.means.shape, len(xt)
         require(xt.ndim == 2 and xt.shape[1] == d, f"points (n, {d})", tuple(xt.shape), "flatten or reshape them")
+        check_time(t)
+        require(t.shape in ((), (1,), (n,)), f"one time, or {n}", f"shape {tuple(t.shape)}", "give one per point")
+        require(cond is None or tuple(cond.shape) in ((n, k), (1, k), (k,)), f"cond ({n}, {k}), the weights of {k} components", None if cond is None else tuple(cond.shape), "one-hot rows mean classes")
 
     def log_prob(self, xt, sde, t, cond=None):
         "log p_t(xt), or log p_t(xt | cond), in nats: xt (n, d), t scalar or (n,) -> (n,)."
-        self.check(xt)
+        self.check(xt, t, cond)
         return self.at(sde, t.expand(len(xt)), cond).log_prob(xt)
 
     def score(self, xt, sde, t, cond=None):
         "The gradient of `log_prob` in closed form: the pull of each component, weighted by how likely it is to have made xt."
-        self.check(xt)
+        self.check(xt, t, cond)
         p = self.at(sde, t.expand(len(xt)), cond)
         means, var = p.component_distribution.base_dist.loc, p.component_distribution.base_dist.scale**2
         who = torch.softmax(p.mixture_distribution.logits + p.component_distribution.log_prob(xt[:, None]), 1)

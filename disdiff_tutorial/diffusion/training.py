@@ -22,8 +22,8 @@ class Batches:
     def __init__(self, *tensors, size=128, seed=0):
         lengths = sorted({len(x) for x in tensors})
         require(len(lengths) == 1 and lengths[0] > 0, "tensors of one length, not empty", f"lengths {lengths}", "trim or fill them")
-        require(size >= 1, "a batch of at least one row", size, "ask for more")
-        self.tensors, self.n, self.size, self.seed, self.epoch = tensors, lengths[0], min(size, lengths[0]), seed, None
+        require(size >= 1 and size % 1 == 0, "a batch of at least one row, a whole number", size, "change it")
+        self.tensors, self.n, self.size, self.seed, self.epoch = tensors, lengths[0], min(int(size), lengths[0]), seed, None
 
     def __call__(self, step):
         epoch, i = divmod(step, self.n // self.size)
@@ -98,6 +98,8 @@ def spent(state, steps, minutes, seconds, acc):
 # %% ../../nbs/diffusion/23_training.ipynb #10c8e6a5
 def share(batch, acc):
     "This process's rows of a batch: every n-th of each tensor."
+    odd = [type(x).__name__ for x in batch if not hasattr(x, "__getitem__") or isinstance(x, dict) or getattr(x, "ndim", 1) == 0]
+    require(batch and not odd, "a batch of tensors (n, ...)", ", ".join(odd) or "nothing", "unpack dicts into a tuple, leave out what has no rows")
     rows, n = len(batch[0]), acc.num_processes
     require(rows % n == 0, f"batches of a multiple of {n} rows, an equal share for each process", rows, "change the batch size, or drop the last batch")
     return tuple(x[acc.process_index::n] for x in batch)
@@ -140,8 +142,9 @@ class State:
         self.module, self.names, self.trained = module, list(named), list(named.values())
         self.average = [p.detach().clone() for p in self.trained]
         groups = {}
-        for name, p in zip(self.names, self.trained): groups.setdefault(rate_of(name, lr), []).append(p)
-        self.optimiser = torch.optim.Adam([{"params": ps, "full": full} for full, ps in groups.items()], betas=(0.9, 0.99), fused=True)
+        for name in self.names: groups.setdefault(rate_of(name, lr), []).append(name)
+        self.order = [name for names in groups.values() for name in names]   # as Adam numbers them: it changes with the rates
+        self.optimiser = torch.optim.Adam([{"params": [named[k] for k in names], "full": full} for full, names in groups.items()], betas=(0.9, 0.99), fused=True)
         self.step, self.seconds, self.images, self.curve = 0, 0., 0, []
         self.recent = []                                                     # losses since the last point of the curve
 
@@ -156,7 +159,7 @@ class State:
         more["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available(): more["rng/cuda"] = torch.cuda.get_rng_state()
         if self.recent: more["recent"] = torch.stack(self.recent)
-        save_tensors(path, self.tensors() | more, step=self.step, seconds=self.seconds, images=self.images, curve=self.curve)
+        save_tensors(path, self.tensors() | more, step=self.step, seconds=self.seconds, images=self.images, curve=self.curve, order=self.order)
 
     def load(self, path):
         "Take everything from `path`; a file of another model raises one line and changes nothing."
@@ -167,9 +170,9 @@ class State:
         require(not other, f"{short(path)} to fit this model", ", ".join(other[:2] + ["..."] * (len(other) > 2)), "move it away or change the model back")
         with torch.no_grad():
             for k, x in mine.items(): x.copy_(theirs[k])
-        moments = {}
+        moments, order = {}, facts.get("order", self.order)
         for key in found:
-            if key.startswith("adam/"): _, i, k = key.split("/"); moments.setdefault(int(i), {})[k] = found[key]
+            if key.startswith("adam/"): _, i, k = key.split("/"); moments.setdefault(self.order.index(order[int(i)]), {})[k] = found[key]
         self.optimiser.load_state_dict({"state": moments, "param_groups": self.optimiser.state_dict()["param_groups"]})
         torch.set_rng_state(found["rng/cpu"])
         if "rng/cuda" in found and torch.cuda.is_available(): torch.cuda.set_rng_state(found["rng/cuda"])
@@ -181,6 +184,7 @@ class State:
 def descend(state, loss, batch, clip, acc):
     "Loss, gradient, clipping and a step of Adam on this process's share of the batch; returns the loss, a tensor without history, NaN if the gradient is not finite."
     with torch.autocast("cuda", torch.bfloat16, enabled=state.trained[0].is_cuda): value = loss(*share(batch, acc))
+    require(isinstance(value, torch.Tensor), "a loss that is a tensor", type(value).__name__, "return it without .item()")
     require(value.ndim == 0 and value.requires_grad, "a loss of one number that depends on parameters", f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}", "take the mean, detach nothing")
     state.optimiser.zero_grad()
     value.backward()
@@ -267,8 +271,11 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
+    require(all(0 <= x < float("inf") for x in (lr.values() if isinstance(lr, dict) else [lr])), "learning rates of 0 or more", lr, "a negative one climbs")
+    sound = warmup >= 0 and clip > 0 and 0 <= ema <= 1 and every >= 1
+    require(sound, "warmup >= 0, clip > 0, ema from 0 to 1, every >= 1", f"{warmup}, {clip}, {ema}, {every}", "clip=math.inf and ema=0 switch these off")
     state, acc = State(as_module(params), lr), accelerator()
-    resume = checkpoint and Path(checkpoint).exists()
+    resume = checkpoint and Path(checkpoint).is_file()
     if resume: state.load(checkpoint)
     start_together(state, acc)
     keep = checkpoint and acc.is_main_process

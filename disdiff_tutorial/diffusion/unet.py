@@ -68,10 +68,11 @@ class ResBlock(nn.Module):
 
 # %% ../../nbs/diffusion/22_unet.ipynb #5a433fa5
 class Attention(nn.Module):
-    "Every pixel looks at every pixel or, given `tokens` (n, N, token_dim), at every token; heads of `head` channels. (n, c, H, W) -> the same."
+    "Every pixel looks at every pixel or, given `tokens` (n, N, token_dim), at every token; heads of `head` channels, or more where that does not divide. (n, c, H, W) -> the same."
     def __init__(self, channels, token_dim=None, head=32):
         super().__init__()
-        self.heads, self.norm = max(channels // head, 1), norm(channels)
+        self.heads = max(k for k in range(1, max(channels // head, 1) + 1) if channels % k == 0)
+        self.norm = norm(channels)
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(token_dim or channels, 2 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -104,15 +105,18 @@ class UNet(nn.Module):
     `width` channels times `mults` per level, `blocks` residual blocks a level, self-attention at the levels in `attend` (0 is the finest), with the
     middle always attending if any does. `cond_dim` d makes it conditional: cond (n, d) enters by AdaGN, or with `tokens=True` cond (n, N, d) by
     cross-attention at every level (`tokens=[0, 1]`: at these alone). cond=None stands for the learned null condition `net.null` (d,). `stem` s packs s x s pixels into channels first, so that
-    the first level runs at 1/s of the resolution. With `sde` the layers predict `target`, v or x0, which is turned into eps outside them; x0 suits a net with a `width` below channels * stem^2, too narrow to carry the noise. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
+    the first level runs at 1/s of the resolution. With `sde` the layers predict `target`, v or x0, which is turned into eps outside them; x0 suits a net with a `width` below channels * stem^2, too narrow to carry the noise, and needs t > 0. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
     def __init__(self, channels=1, width=64, mults=(1, 2), blocks=2, attend=(), cond_dim=None, tokens=False, stem=1, sde=None, target="v"):
         super().__init__()
-        require(width % 4 == 0, "a width divisible by 4", width, "round it")
+        require(width > 0 and width % 4 == 0, "a width divisible by 4", width, "round it")
+        require(mults and min(channels, blocks, stem, *mults) >= 1, "mults, and channels, blocks, stem and each of mults at least 1", f"{mults}, {channels}, {blocks}, {stem}", "correct them")
+        require(cond_dim is None or cond_dim >= 1, "cond_dim None or at least 1", cond_dim, "None means no condition")
+        require(cond_dim or not tokens, "cond_dim with tokens", f"tokens={tokens} alone", "give the width of a token")
         self.channels, self.cond_dim, self.tokens, self.factor = channels, cond_dim, bool(tokens), stem * 2 ** (len(mults) - 1)
         levels = list(range(len(mults)))
         require(target in ("v", "x0"), "target 'v' or 'x0'", repr(target), "choose one of these")
         self.sde, self.target, self.crossed = sde, target, levels if tokens is True else sorted(tokens or [])       # levels with cross-attention
-        require(set(self.crossed) <= set(levels), f"tokens at levels from 0 to {levels[-1]}", tokens, "0 is the finest")
+        for what, at in (("tokens", self.crossed), ("attention", attend)): require(set(at) <= set(levels), f"{what} at levels from 0 to {levels[-1]}", at, "0 is the finest")
         self.null = nn.Parameter(0.1 * torch.randn(cond_dim)) if cond_dim else None
         self.time = TimeEmbedding(width)
         stage = lambda c_in, c_out, level, attends: Stage(c_in, c_out, 4 * width, None if tokens else cond_dim, attends, cond_dim if level in self.crossed else None)
@@ -143,7 +147,7 @@ class UNet(nn.Module):
             require(cond is None, "no cond", f"shape {None if cond is None else tuple(cond.shape)}", "build the net with cond_dim")
             return None
         if cond is None: return self.null.expand(n, 1, -1) if self.tokens else self.null.expand(n, -1)
-        shape = (n, cond.shape[1] if cond.ndim == 3 else "N", self.cond_dim) if self.tokens else (n, self.cond_dim)
+        shape = (n, cond.shape[1] if cond.ndim == 3 and cond.shape[1] else "N", self.cond_dim) if self.tokens else (n, self.cond_dim)
         require(tuple(cond.shape) == shape, f"cond of shape {shape}", f"{tuple(cond.shape)}", f"this net was built with cond_dim={self.cond_dim}")
         return cond
 

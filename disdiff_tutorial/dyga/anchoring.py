@@ -10,7 +10,7 @@ __all__ = ['spread', 'init_gaussians', 'with_room', 'to_split', 'split', 'put', 
 import torch
 from torch import nn
 from ..core import require
-from .hddc import Gaussians, em, kmeans, log_joint, m_step, one_hot, responsibilities
+from .hddc import HUGE, Gaussians, em, kmeans, log_joint, m_step, one_hot, responsibilities
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #06f42f93
 def spread(x, member):
@@ -94,6 +94,8 @@ class DyGA(nn.Module):
         require(units >= 1 and dim >= 2, "at least one unit of two numbers", f"{units} of {dim}", "a scalar unit has no axes to choose from: lift it first")
         require(1 <= start <= most, f"start from 1 to most = {most}", start, "begin with fewer Gaussians")
         require(0 <= strength <= 1 and 0 <= chance <= 1 and tau > 0, "strength and chance in [0, 1], tau > 0", f"{strength}, {chance}, {tau}", "the paper uses 0.1 and 1e-4")
+        require(psi >= 0 and 0 < phi < 1 and least >= 0, "psi >= 0, phi between 0 and 1, least >= 0", f"{psi}, {phi}, {least}", "the paper uses 0.5 and 0.5, the released code 10")
+        require(rounds >= 0 and iterations >= 0 and (subset is None or subset >= most), f"rounds and iterations >= 0, subset None or >= most = {most}", f"{rounds}, {iterations}, {subset}", "3, 30 and 5000 are usual")
         self.units, self.dim, self.variant, self.strength, self.start, self.most, self.tau = units, dim, variant, strength, start, most, tau
         self.rule, self.rounds, self.least, self.iterations, self.subset = dict(psi=psi, phi=phi, chance=chance), rounds, least, iterations, subset
         double = dict(dtype=torch.float64)
@@ -101,6 +103,11 @@ class DyGA(nn.Module):
                         ("values", torch.ones(units, most, dim, **double)), ("dims", torch.ones(units, most, dtype=torch.int64)), ("low", torch.zeros(units, **double)),
                         ("size", torch.ones(units, **double)), ("scale", torch.ones(units, **double))): self.register_buffer(name, v)
         self.report = {}
+
+    def _apply(self, fn, recurse=True):
+        "Goes to another device when told to, and stays in double precision when a model is cast: variances of 1e-8 are 0 in half precision."
+        def keep(t): moved = fn(t); return moved if moved.dtype == t.dtype else t.to(moved.device)
+        return super()._apply(keep, recurse)
 
     @property
     def gaussians(self): "The mixtures in scaled features, `most` places a unit."; return Gaussians(self.weights, self.means, self.axes, self.values, self.dims)
@@ -120,7 +127,7 @@ class DyGA(nn.Module):
         Random choices come from a CPU `generator`. Returns self; `report` holds the number of anchors of each unit after each stage."""
         self.check(features)
         require(len(features) >= self.most, f"at least {self.most} rows", len(features), "collect the features of more pictures, or set most lower")
-        require(bool(features.isfinite().all()), "finite features", f"{int((~features.isfinite()).sum())} NaN or infinite", "look at the encoder before anchors are chosen")
+        require(bool((features.abs() < HUGE).all()), "finite features", f"{int((~(features.abs() < HUGE)).sum())} NaN, infinite or beyond {HUGE:g}", "look at the encoder before anchors are chosen")
         x = self.remember(features.detach().to(self.low.dtype).transpose(0, 1).contiguous())
         few = x if self.subset is None or x.shape[1] <= self.subset else x[:, torch.randperm(x.shape[1], generator=generator)[:self.subset].to(x.device)]
         fit = lambda x, g: em(x, g, self.iterations, 1e-4 * x.shape[1], want_resp=False)[0]
@@ -181,7 +188,8 @@ class FSQ(nn.Module):
     "Finite scalar quantisation of units of `dim` numbers: a linear map to len(levels) numbers, tanh, rounding, a linear map back. One codebook of prod(levels) codes for all units."
     def __init__(self, dim, levels=(8, 5, 5)):
         super().__init__()
-        require(len(levels) and min(levels) >= 2, "at least two levels on each axis", tuple(levels), "the paper uses (8, 5, 5)")
+        ok = isinstance(levels, (tuple, list)) and len(levels) and min(levels) >= 2
+        require(ok, "at least two levels on each axis", repr(levels), "the paper uses (8, 5, 5)")
         self.levels, self.size = tuple(levels), int(torch.tensor(levels).prod())
         self.into, self.back = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
+from ..core import by_scale, load_tensors, require, save_tensors, seed_everything, to_float
 from ..data.scenes import rooms
 from ..diffusion.dsm import T_MIN, dsm_loss, middle_time, v_weight
 from ..diffusion.sde import VPSDE, like
 from ..diffusion.training import fit
 from ..diffusion.unet import AdaGN, UNet, zero
 from .interpretation import TIDY
-from .latent_diffusion import FeatureExtractor, LatentDiffusion, look, note_scores
+from .latent_diffusion import FeatureExtractor, LatentDiffusion, halved, look, note_scores, restore
 from .skip_dropout import SkipDropout
 
 # %% ../../nbs/dyga/65_disdiff.ipynb #2d50de76
@@ -138,11 +138,12 @@ def build(width, extractor, units, dim, anchors=None, weight=1., every=0, **_):
 # %% ../../nbs/dyga/65_disdiff.ipynb #447fe90b
 @torch.no_grad()
 def won(model, x, seed=0):
-    "Rounds of the game with images x: the shares won by each of `tells`, and the noise error with units relative to that of the frozen net alone."
-    model.eval(); torch.manual_seed(seed)
-    noise, *readings, which, _ = model.game(x)
-    torch.manual_seed(seed)
-    alone = dsm_loss(model.net, to_float(x), model.sde, None, v_weight, late_time)
+    "Rounds of the game with images x: the shares won by each of `tells`, and the noise error with units relative to that of the frozen net alone. In evaluation mode; mode and random state are left as they were."
+    mode = model.training; model.eval()
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed); noise, *readings, which, _ = model.game(x)
+        torch.manual_seed(seed); alone = dsm_loss(model.net, to_float(x), model.sde, None, v_weight, late_time)
+    model.train(mode)
     return *((logits.argmax(1) == which).double().mean().item() for logits in tells(*readings)), (noise.mean() / alone).item()
 
 # %% ../../nbs/dyga/65_disdiff.ipynb #acbc6fcb
@@ -158,16 +159,15 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     net.requires_grad_(False); model.net.begin()
     done = config.train("units", lambda **kind: model.fit(data, size=sizes["batch"], lr={"": 2e-3, "extractor": 1e-3}, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
     record.curves, record.images = {"frozen": first.curve, "loss": done.curve}, first.images + done.images
+    model.eval()
     x, _ = data.sample(sizes["points"] // 3, torch.Generator().manual_seed(config.seed + 1))
     for name, value in zip(("rounds won by what moved", "rounds won by what came nearer", "noise error relative to the frozen net"), won(model, x, config.seed)): record.add(name, value, len(x), "draws of the training grid")
     look(record, model, data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, **how)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model), **how)
     return record
 
 def load_disdiff(record):
     "The model of a record of `disdiff_experiment`, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    model = build(**facts)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    return model.to(device()).eval().requires_grad_(False)
+    return restore(build(**facts), tensors)

@@ -50,7 +50,8 @@ def groups(table):
 
 def interchange(model, data, which, n=100, seed=0, **kind):
     """Exchange the units in each of the lists `which` between pairs of pictures, draw, and read what came out: two tables (len(which), K), the share of pairs that differ in a factor in which it became the
-    other picture's, and in which it stayed. Factors that do not vary are left out. `kind`: options of `sample`."""
+    other picture's, and in which it stayed; nan where no pair differs. Factors that do not vary are left out. `kind`: options of `sample`."""
+    require(len(which), "at least one list of units to exchange", "none", "pass [[]] to exchange nothing")
     g = torch.Generator().manual_seed(seed)
     (x, f), (y, h) = data.sample(n, g), data.sample(n, g)
     a, b = model.encode(x), model.encode(y)

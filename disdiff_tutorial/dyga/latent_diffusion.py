@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VQ', 'VQ_SCENES', 'ROOMS', 'SCENES', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic',
            'hinge', 'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor',
-           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'rooms_experiment', 'Coded', 'look', 'note_scores',
-           'judge_units', 'load_model']
+           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'rooms_experiment', 'halved', 'restore', 'Coded', 'look',
+           'note_scores', 'judge_units', 'load_model']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
@@ -115,9 +115,15 @@ class VQGAN(nn.Module):
         self.critic, self.factor, self.perceptual = patch_critic(channels), 2 ** (len(mults) - 1), perceptual
         self.register_buffer("spread", torch.ones(()))
 
+    def small(self, x):
+        "What the encoder says of pictures x (n, C, H, W), before the spread is divided out."
+        ok = x.ndim == 4 and x.shape[1] == self.facts["channels"] and not (x.shape[2] % self.factor or x.shape[3] % self.factor)
+        require(ok, f"images (n, {self.facts['channels']}, H, W) with sides that {self.factor} divides", tuple(x.shape), "resize or pad them")
+        return self.encoder(to_float(x))
+
     def rebuild(self, x):
         "Pictures after the whole way there and back (floats), the codebook's loss, and the entries used."
-        q, loss, who = self.book(self.encoder(to_float(x)))
+        q, loss, who = self.book(self.small(x))
         return self.decoder(q), loss, who
 
     def loss(self, x, *_):
@@ -133,13 +139,13 @@ class VQGAN(nn.Module):
         "Train on uint8 images (n, C, H, W) or a `FactorData`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
         done = fit(self.loss, self, batches, steps=steps, lr={"": lr, "critic": lr / 2}, **kind)
-        with torch.no_grad(): self.spread.copy_(torch.cat([self.encoder(to_float(batches(10**6 + i)[0])) for i in range(8)]).std())
+        with torch.no_grad(): self.spread.copy_(torch.cat([self.small(batches(10**6 + i)[0]) for i in range(8)]).std())
         return done
 
     @torch.no_grad()
     def encode(self, x):
         "Latents (n, dim, h, w), of spread about 1."
-        return self.encoder(to_float(x)) / self.spread
+        return self.small(x) / self.spread
 
     @torch.no_grad()
     def decode(self, z):
@@ -228,7 +234,7 @@ class LatentDiffusion(nn.Module):
     `tidy`: None, or a module with `align(units) -> units` and `select(units)`, called again every `every` training steps on the units of fresh images (DyGA: `anchoring.DyGA`). `unet`: sizes of the U-Net."""
     def __init__(self, extractor, autoencoder=None, tidy=None, every=0, sde=VPSDE(), **unet):
         super().__init__()
-        require((tidy is None) == (every == 0), "tidy and every together", f"{type(tidy).__name__} and {every}", "give both or none")
+        require((tidy is None) == (every == 0) and every >= 0, "tidy and every (steps, 1 or more) together", f"{type(tidy).__name__} and {every}", "give both or none")
         self.extractor, self.tidy, self.every, self.sde = extractor, tidy, every, sde
         self.autoencoder = autoencoder.eval().requires_grad_(False) if autoencoder is not None else None
         (c, h, w), f = extractor.shape, autoencoder.factor if autoencoder is not None else 1
@@ -267,7 +273,7 @@ class LatentDiffusion(nn.Module):
         def loss(x, *_):
             nonlocal taken
             taken = int(self.steps) if taken is None else taken + 1        # after a checkpoint is read; a look at every step would stall a GPU
-            if self.every and taken and taken % self.every == 0: self.reselect(batches, pool // size)
+            if self.every and taken and taken % self.every == 0: self.reselect(batches, -(-pool // size))
             self.steps += 1
             return self.loss(x)
         return fit(loss, self, batches, steps=steps, lr=lr, graph="units" if type(self) is LatentDiffusion and not self.every else None, **kind)      # anchors are selected on the host
@@ -278,7 +284,7 @@ class LatentDiffusion(nn.Module):
         mode = self.extractor.training
         self.extractor.eval()
         with torch.random.fork_rng(devices=[]), torch.autocast("cuda", enabled=False):                    # anchors from features in full precision
-            torch.manual_seed(int(self.steps))
+            torch.default_generator.manual_seed(int(self.steps))          # that of the CPU alone: `torch.manual_seed` would set the GPU's, too
             self.tidy.select(torch.cat([self.extractor(batches(int(self.steps) + i)[0]) for i in range(count)]))
         self.extractor.train(mode)
 
@@ -317,8 +323,17 @@ def rooms_experiment(config, change=None, whole=False, **how):
     record.curves["loss"], record.images = done.curve, done.images
     look(record, model.eval(), data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, **sizes, **how)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model), **sizes, **how)
     return record
+
+def halved(model):
+    "The state of `model` with its single-precision numbers in half precision, to save; double ones stay: variances of anchors (1e-8) would be 0."
+    return {k: v.half() if v.dtype == torch.float32 else v for k, v in model.state_dict().items()}
+
+def restore(model, tensors):
+    "Load what `halved` gave into `model`: on the device at hand, in evaluation mode, weights held."
+    model.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()})
+    return model.to(device()).eval().requires_grad_(False)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #b58c9a0f
 class Coded(FactorData):
@@ -361,5 +376,4 @@ def load_model(record, tidy=None):
     "The model of a record, in evaluation mode on the device at hand; `tidy`: the empty module for its anchors, if it has any."
     tensors, facts = load_tensors(record.file(".safetensors"))
     model = build(**shape_of(facts), tidy=tidy, every=facts["every"] if tidy is not None else 0)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    return model.to(device()).eval().requires_grad_(False)
+    return restore(model, tensors)

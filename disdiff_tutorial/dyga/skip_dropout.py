@@ -68,7 +68,8 @@ class SkipDropout:
     part = "skip"
     def __init__(self, rate=.2, levels=(0, 1), rescale=True):
         require(0 <= rate <= 1, "a rate from 0 to 1", rate, "the paper uses 0.2")
-        require(levels in ("all", "free") if isinstance(levels, str) else len(levels), "levels as numbers, 'all' or 'free'", repr(levels), "0 is the finest")
+        ok = levels in ("all", "free") if isinstance(levels, str) else hasattr(levels, "__len__") and len(levels)
+        require(ok, "levels as a list of numbers, 'all' or 'free'", repr(levels), "0 is the finest: [0, 1] are the two finest")
         self.rate, self.levels, self.rescale, self.handles = rate, levels, rescale, []
 
     def choose(self, net):

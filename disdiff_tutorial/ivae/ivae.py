@@ -8,11 +8,12 @@ __all__ = ['ROTATION', 'KINDS', 'BALANCE', 'gaussian_kl', 'kl_balanced', 'layers
            'Up', 'resnet']
 
 # %% ../../nbs/ivae/51_ivae.ipynb #233aa8e6
+from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core import by_scale, require, seed_everything, to_float
-from ..data.factors import Rotated
+from ..data.factors import Rotated, natural
 from ..diffusion.training import Batches, fit
 from .variance_posterior import sample_variance
 from ..metrics.disentanglement import mcc, mig
@@ -21,7 +22,7 @@ from ..metrics.disentanglement import mcc, mig
 def gaussian_kl(q, p):
     "KL(q || p) in nats (n,) between diagonal normals, each a pair of mean and logvar (n, d)."
     (m, v), (pm, pv) = q, p
-    return ((pv - v + ((v.exp() + (m - pm) ** 2) / pv.exp()) - 1) / 2).sum(1)
+    return ((pv - v + (v - pv).exp() + ((m - pm) * (-pv / 2).exp()) ** 2 - 1) / 2).sum(1)      # the ratio of variances as one exponential: each alone can overflow, or round to 0
 
 # %% ../../nbs/ivae/51_ivae.ipynb #7dfcf7f2
 def kl_balanced(q, p, forward=1., backward=0., kl=gaussian_kl):
@@ -32,48 +33,75 @@ def kl_balanced(q, p, forward=1., backward=0., kl=gaussian_kl):
 # %% ../../nbs/ivae/51_ivae.ipynb #e618072c
 def layers(*sizes):
     "Linear layers of these sizes with leaky ReLUs between them; two sizes make one linear map."
+    require(len(sizes) >= 2, "two sizes or more", sizes, "give what goes in and what comes out")
     parts = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(.1))]
     return nn.Sequential(*parts[:-1])
 
+@contextmanager
+def _evaluating(net):
+    "`net` in evaluation mode, so that batch norm uses its averages and moves none of them; afterwards each part is back in its own mode."
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try: yield
+    finally:
+        for part, mode in modes: part.training = mode
+
+def _statistics(u, aux, dtype):
+    "Mean and spread (aux,) of notes u (n, aux). A note that never changes gets spread 1, so that it is only shifted."
+    found = tuple(u.shape) if torch.is_tensor(u) else type(u).__name__
+    require(torch.is_tensor(u) and u.ndim == 2 and u.shape[1] == aux and len(u), f"notes u (n, {aux})", found, "give one row for each x, or build with aux=0")
+    u = u.to(dtype)
+    require(bool(u.isfinite().all()), "finite notes u", f"{int((~u.isfinite()).sum())} that are not", "fill or drop these rows")
+    spread = u.std(0, correction=0)
+    return u.mean(0), torch.where(spread > 1e-6 * u.abs().amax(0), spread, 1.)                     # below that it is rounding
+
+# %% ../../nbs/ivae/51_ivae.ipynb #d1096f96
 class IVAE(nn.Module):
     """Identifiable VAE: `encoder` x -> (n, 2 codes), `decoder` (n, codes) -> x, notes u (n, aux); aux = 0 is the plain VAE with prior N(0, I).
     The prior's mean is fixed at 0 unless `mean`. `rec`, `kl` and `back` weigh the squared error per sample, KL(q || p) and KL(p || q)."""
+    kl = staticmethod(gaussian_kl)
+
     def __init__(self, encoder, decoder, codes, aux=0, mean=False, rec=1., kl=1., back=0.):
         super().__init__()
-        require(codes >= 1 and aux >= 0, "at least one code, and notes of 0 or more numbers", f"{codes} and {aux}", "say how many there are")
-        self.encoder, self.decoder, self.codes, self.aux, self.mean, self.weights = encoder, decoder, codes, aux, mean, (rec, kl, back)
-        self.prior = layers(aux, 32, (1 + mean) * codes) if aux else None
+        self.codes, self.aux = natural(codes, 1, "at least one code"), natural(aux, 0, "notes of 0 or more numbers")
+        self.encoder, self.decoder, self.mean, self.weights = encoder, decoder, mean, (rec, kl, back); self.prior = layers(aux, 32, (1 + mean) * codes) if aux else None
         self.register_buffer("shift", torch.zeros(max(aux, 1))); self.register_buffer("scale", torch.ones(max(aux, 1)))
+
+    def seen(self, x):
+        "What the networks see of x (n, ...): images (n, C, H, W) in [-1, 1], all else as it is, as floats of the model."
+        return (to_float(x) if x.ndim == 4 else x).to(self.shift.dtype)
 
     def posterior(self, x):
         "Mean and logvar (n, codes) of q(z | x)."
-        out = self.encoder(to_float(x) if x.ndim == 4 else x)
+        out = self.encoder(self.seen(x))
         require(out.ndim == 2 and out.shape[1] == 2 * self.codes, f"(n, {2 * self.codes}) from the encoder, mean and logvar", tuple(out.shape), "give it that many outputs")
         return out.chunk(2, 1)
+
+    def noted(self, u, n):
+        "Notes u (n, aux) as the prior encoder sees them: numbers around 0."
+        require(u is not None and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", "none" if u is None else tuple(u.shape), "give one row for each x, or build with aux=0")
+        return (u.to(self.shift.dtype) - self.shift) / self.scale
 
     def conditional_prior(self, u, n):
         "Mean and logvar (n, codes) of p(z | u); of N(0, I) without notes."
         if not self.aux: zero = self.shift.new_zeros(n, self.codes); return zero, zero
-        require(u is not None and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", "none" if u is None else tuple(u.shape), "give one row for each x, or build with aux=0")
-        out = self.prior((u - self.shift) / self.scale)
+        out = self.prior(self.noted(u, n))
         return tuple(out.chunk(2, 1)) if self.mean else (torch.zeros_like(out), out)
 
     def encode(self, x):
-        "Codes (n, codes): the means of q(z | x)."
-        with torch.no_grad(): return self.posterior(x)[0]
+        "Codes (n, codes): the means of q(z | x), in evaluation mode."
+        with torch.no_grad(), _evaluating(self): return self.posterior(x)[0]
 
     def draw(self, q):
         "z ~ q, (n, codes), with a gradient."
         return q[0] + (q[1] / 2).exp() * torch.randn_like(q[0])
 
-    kl = staticmethod(gaussian_kl)
-
     def terms(self, x, u=None):
         "The code z drawn (n, codes), and rec x squared error + the weighted KLs, the iVAE's part of (2), (n,)."
         rec, forward, back = self.weights
-        q = self.posterior(x); z = self.draw(q)
-        error = (self.decoder(z) - (to_float(x) if x.ndim == 4 else x)).flatten(1).square().sum(1)
-        return z, rec * error + kl_balanced(q, self.conditional_prior(u, len(x)), forward, back, self.kl)
+        q = self.posterior(x); z = self.draw(q); drawn = self.decoder(z)
+        require(drawn.shape == x.shape, f"{tuple(x.shape)} from the decoder, the shape of x", tuple(drawn.shape), "let it end in the shape of one x")
+        return z, rec * (drawn - self.seen(x)).flatten(1).square().sum(1) + kl_balanced(q, self.conditional_prior(u, len(x)), forward, back, self.kl)
 
     def loss(self, x, u=None, *_):
         "The iVAE's part of (2), mean over the batch."
@@ -81,7 +109,7 @@ class IVAE(nn.Module):
 
     def standardise(self, u):
         "Take the mean and spread of notes u (n, aux), so that the prior encoder sees numbers around 0."
-        self.shift.copy_(u.mean(0)); self.scale.copy_(u.std(0).clamp(min=1e-6))
+        for kept, new in zip((self.shift, self.scale), _statistics(u, self.aux, self.shift.dtype)): kept.copy_(new)
 
     def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
         "Train on x (n, ...) and notes u (n, aux); `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
@@ -95,6 +123,7 @@ KINDS = {"VAE": dict(aux=0), "iVAE": dict(aux=3), "iVAE, grid": dict(aux=3, note
 
 def notes(z, kind):
     "Variances u (n, 3) for factors z, and the factors to train on: by the exact sampler, by the grid, of other pictures, or the paper's first scheme (z normal given u, clipped to its range)."
+    require(kind in ("exact", "grid", "shuffled", "normal"), "notes 'exact', 'grid', 'shuffled' or 'normal'", repr(kind), "choose one of these")
     if kind == "grid": return sample_variance(z, method="grid"), z
     u = sample_variance(z)
     if kind == "shuffled": return u[torch.randperm(len(u))], z
@@ -105,7 +134,7 @@ def rotated_score(seed, steps, points, aux, notes_="exact", hidden=(), mean=Fals
     "Train on one rotation, judge on 5,000 fresh points with uniform factors: MCC (Pearson and Spearman), MIG with ten bins a factor, and seconds. `train`: who calls `IVAE.fit`."
     seed_everything(seed)
     data = Rotated(3, seed, low=-.5, device="cpu")
-    u, z = notes(data.sample(points, torch.Generator().manual_seed(seed))[1], notes_)
+    u, z = notes(data.sample(points)[1], notes_)                           # one stream of chance for both: two generators of the same seed would make the note a function of z
     model = IVAE(layers(3, *hidden, 6), layers(3, *hidden, 3), 3, aux, mean, rec, kl, back)
     done = train(lambda **kind: model.fit(z @ data.rotation.T, u, lr=1e-2 if not hidden else 5e-3, seed=seed, progress=False, **kind), steps)
     x, z = data.sample(5000, torch.Generator().manual_seed(10_000 + seed))
@@ -138,9 +167,11 @@ def kl_split(q, p, alpha=.8, kl=gaussian_kl):
 
 # %% ../../nbs/ivae/51_ivae.ipynb #170b1518
 def straight_through(probs):
-    "One-hot samples (..., classes) of probs, with the gradient of probs: Listing 1 of the paper."
-    sample = torch.distributions.OneHotCategorical(probs=probs).sample()
-    return sample + probs - probs.detach()
+    "One-hot samples (..., classes) of probs, exact zeros and ones, with the gradient of probs: Listing 1 of the paper."
+    ok = probs.ndim and bool(((probs >= 0).all() & ((probs.sum(-1) - 1).abs() < 1e-3).all()))
+    require(ok, "class probabilities that are not negative and sum to 1 along the last axis", f"values {tuple(probs.shape)} that do not", "take a softmax first")
+    sample = torch.distributions.OneHotCategorical(probs=probs, validate_args=False).sample()
+    return sample + (probs - probs.detach())                               # the bracket is exactly 0
 
 def mixed(logits, uniform=.01):
     "Class probabilities (..., classes), mixed with a share `uniform` of the uniform distribution, so that none is 0."
@@ -148,29 +179,30 @@ def mixed(logits, uniform=.01):
 
 # %% ../../nbs/ivae/51_ivae.ipynb #a95544c5
 def categorical_kl(q, p):
-    "KL(q || p) in nats (n,) between class probabilities (n, codes, classes)."
-    return (q * (q.log() - p.log())).sum((1, 2))
+    "KL(q || p) in nats (n,) between class probabilities (n, codes, classes): 0 log 0 counts as 0, and the KL is infinite where p is 0 and q is not."
+    return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum((1, 2))
 
 class CategoricalIVAE(IVAE):
     "iVAE whose code is `codes` classes out of `classes` each: `encoder` x -> (n, codes classes) logits, `decoder` (n, codes classes) -> x. `encode` gives the probabilities (n, codes, classes), a unit of `classes` numbers for each code."
     def __init__(self, encoder, decoder, codes=10, aux=0, classes=10, rec=1., kl=1., back=0.):
         super().__init__(encoder, decoder, codes, aux, False, rec, kl, back)
+        natural(classes, 2, "at least two classes")
         self.classes, self.prior = classes, layers(aux, 32, codes * classes) if aux else None
 
     def posterior(self, x):
         "Class probabilities (n, codes, classes) of q(z | x)."
-        out = self.encoder(to_float(x) if x.ndim == 4 else x)
+        out = self.encoder(self.seen(x))
         require(out.ndim == 2 and out.shape[1] == self.codes * self.classes, f"(n, {self.codes * self.classes}) logits from the encoder", tuple(out.shape), "give it that many outputs")
         return mixed(out.view(-1, self.codes, self.classes))
 
     def conditional_prior(self, u, n):
         "Class probabilities (n, codes, classes) of p(z | u); uniform without notes."
         if not self.aux: return self.shift.new_full((n, self.codes, self.classes), 1 / self.classes)
-        require(u is not None and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", "none" if u is None else tuple(u.shape), "give one row for each x, or build with aux=0")
-        return mixed(self.prior((u - self.shift) / self.scale).view(n, self.codes, self.classes))
+        return mixed(self.prior(self.noted(u, n)).view(n, self.codes, self.classes))
 
     def encode(self, x):
-        with torch.no_grad(): return self.posterior(x)
+        "Class probabilities (n, codes, classes) of q(z | x), in evaluation mode."
+        with torch.no_grad(), _evaluating(self): return self.posterior(x)
 
     def draw(self, q):
         "One class for each code, one-hot, (n, codes classes), with the straight-through gradient."
@@ -182,7 +214,7 @@ class CategoricalIVAE(IVAE):
 def cnn(shape, outputs, codes, width=32):
     "Encoder of images `shape` (C, H, W) -> (n, outputs), four convolutions and two linear layers, and its mirror image (n, codes) -> images."
     c, h, w = shape
-    require(h % 16 == 0 and w % 16 == 0, "sides that can be halved four times", f"{h} x {w}", "pad or resize the images")
+    require(h % 16 == w % 16 == 0 < h * w, "sides that can be halved four times", f"{h} x {w}", "pad or resize the images")
     widths, flat = [c, width, width, 2 * width, 2 * width], (2 * width, h // 16, w // 16)
     n = flat[0] * flat[1] * flat[2]
     down = [m for a, b in zip(widths, widths[1:]) for m in (nn.Conv2d(a, b, 4, 2, 1), nn.ReLU())]
@@ -204,7 +236,7 @@ def resnet(shape, outputs, codes, depth=18):
     import torchvision
     require(depth in (18, 50), "a depth of 18 or 50", depth, "choose one")
     c, h, w = shape
-    require(h % 32 == 0 and w % 32 == 0, "sides that can be halved five times", f"{h} x {w}", "pad or resize the images")
+    require(h % 32 == w % 32 == 0 < h * w, "sides that can be halved five times", f"{h} x {w}", "pad or resize the images")
     encoder = getattr(torchvision.models, f"resnet{depth}")(num_classes=outputs)
     if c != 3: encoder.conv1 = nn.Conv2d(c, 64, 7, 2, 3, bias=False)
     widths = [512, 256, 128, 64, 64, 64]

@@ -10,18 +10,22 @@ __all__ = ['MAX_VARIANCE', 'half_width', 'likelihood', 'check_factors', 'least_v
 from typing import NamedTuple
 import torch
 from ..core import require
+from ..data.factors import natural
 
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #34a77a00
 MAX_VARIANCE = 1 / 12                                                  # iVAE (17): of the uniform on [-1/2, 1/2]
 
 def half_width(s):
     "Half-width b = sqrt(3 s) of the zero-mean uniform with variance s >= 0: iVAE (5), (15). Any shape -> the same."
+    require(torch.is_tensor(s) and bool((s >= 0).all()), "variances s of at least 0, a tensor", f"{s.min():.4g}" if torch.is_tensor(s) else type(s).__name__, "square the standard deviation")
     return (3 * s).sqrt()
 
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #72eeb256
 def likelihood(z, s):
     "Density P(z | s) of the zero-mean uniform with variance s > 0: iVAE (6). Shapes that broadcast."
-    return (z.abs() <= half_width(s)) / (2 * half_width(s))
+    b = half_width(s)
+    require(bool((b > 0).all()), "variances s above 0", "a 0", "at 0 there is a point mass, and no density")
+    return torch.where(z.abs() > b, 0., 1 / (2 * b) + 0 * z)                # a z that is NaN stays NaN
 
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #9f942f99
 def check_factors(z, eps):
@@ -32,18 +36,19 @@ def check_factors(z, eps):
 
 def least_variance(z, eps=0.01):
     "The smallest variance s0 = max(eps, z^2 / 3) that can have led to z, iVAE (16) and the prior of (7): same shape as z."
+    check_factors(z, eps)
     return (z ** 2 / 3).clamp(min=eps, max=MAX_VARIANCE)
 
 def posterior(s, z, eps=0.01):
-    "Density P(s | z) of iVAE (7), normalised; shapes that broadcast. Not defined for |z| = 1/2, where s = 1/12 for certain."
+    "Density P(s | z) of iVAE (7), normalised; shapes that broadcast. At |z| = 1/2 all of it sits at s = 1/12: infinite there, 0 elsewhere."
     low = least_variance(z, eps)
-    return ((s >= low) & (s <= MAX_VARIANCE)) / (2 * s.sqrt() * (MAX_VARIANCE ** .5 - low.sqrt()))
+    return torch.where((s < low) | (s > MAX_VARIANCE), 0., 1 / (2 * s.sqrt() * (MAX_VARIANCE ** .5 - low.sqrt())))
 
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #71c2d13b
 def posterior_cdf(s, z, eps=0.01):
     "Probability that the variance is at most s given z, under iVAE (7); shapes that broadcast."
     low = least_variance(z, eps); width = MAX_VARIANCE ** .5 - low.sqrt()
-    return torch.where(width > 0, ((s.sqrt() - low.sqrt()) / width.clamp(min=1e-30)).clamp(0, 1), (s >= low).to(s.dtype))
+    return torch.where(width > 0, ((s.clamp(min=0).sqrt() - low.sqrt()) / width.clamp(min=1e-30)).clamp(0, 1), (s >= low).to(s.dtype))
 
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #e58d5dbd
 def exact_draw(low, generator=None):
@@ -65,7 +70,7 @@ def sample_variance(z, eps=0.01, method="exact", bins=100, generator=None):
     `method='exact'`: sqrt(s) is uniform on the support. `method='grid'`: the paper's way with `bins` values, for comparison; needs `bins` times the memory."""
     check_factors(z, eps)
     require(method in ("exact", "grid"), "method 'exact' or 'grid'", repr(method), "choose one of these")
-    require(bins >= 1, "at least one bin", bins, "the paper uses 100")
+    bins = natural(bins, 1, "at least one bin")
     low = least_variance(z.detach().to(torch.promote_types(z.dtype, torch.float32)), eps)
     return exact_draw(low, generator) if method == "exact" else grid_draw(low, bins, generator)
 
@@ -83,6 +88,7 @@ class Pair(NamedTuple):
 def sample_pair(*shape, eps=0.01, generator=None):
     "`Pair` in the model's own order: s uniform on [eps, 1/12], the prior of iVAE (7), then z from iVAE (6). z follows `marginal`, not a uniform. On the CPU."
     require(0 <= eps <= MAX_VARIANCE, "eps from 0 to 1/12", eps, "the paper uses 0.01")
+    shape = [natural(size, 0, "sizes, one whole number each") for size in shape]
     s = eps + (MAX_VARIANCE - eps) * torch.rand(shape, generator=generator)
     return Pair(half_width(s) * (2 * torch.rand(shape, generator=generator) - 1), s)
 
@@ -93,10 +99,11 @@ class Segment(NamedTuple):
     variance: torch.Tensor
 
 def random_segment(z, cuts=1, generator=None):
-    """A hint u = (mean, variance) that is consistent with uniform factors z in [-1/2, 1/2], any shape: cut the interval at `cuts` random places, independent of z, and
-    tell which piece holds z. Given u, z is uniform in the piece. With one cut the variance is uniform on [0, 1/12] and |mean| = 1/2 - sqrt(3 variance)."""
+    """A hint u = (mean, variance) that is consistent with uniform factors z in [-1/2, 1/2], any shape -> the same shape, float32 or float64: cut the interval at `cuts`
+    random places, independent of z, and tell which piece holds z. Given u, z is uniform in the piece. With one cut the variance is uniform on [0, 1/12] and |mean| = 1/2 - sqrt(3 variance)."""
     check_factors(z, 0.)
-    require(cuts >= 1, "at least one cut", cuts, "without a cut the hint says nothing")
+    cuts = natural(cuts, 1, "at least one cut")
+    z = z.detach().to(torch.promote_types(z.dtype, torch.float32))             # half precision would round the cuts, and leave z outside its piece
     c = torch.rand(*z.shape, cuts, generator=generator, device=generator.device if generator else z.device, dtype=z.dtype).to(z.device) - .5
     low, high = torch.where(c <= z[..., None], c, -.5).amax(-1), torch.where(c > z[..., None], c, .5).amin(-1)
     return Segment((low + high) / 2, (high - low) ** 2 / 12)           # iVAE (12), (13)

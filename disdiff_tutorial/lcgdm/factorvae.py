@@ -40,7 +40,9 @@ def log_normal(z, mean, logvar):
 def gaussian_tc(cov):
     "Total correlation in nats of a normal with covariance (d, d): minus half the log-determinant of its correlations."
     std = cov.diagonal().sqrt()
-    return -torch.linalg.slogdet(cov / (std[:, None] * std))[1] / 2
+    root, info = torch.linalg.cholesky_ex(cov / (std[:, None] * std))
+    require(info == 0, "a covariance (d, d) that is positive definite", "another", "correct it, or leave out numbers that are constant or repeat another")
+    return -root.diagonal().log().sum()
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #66c01081
 def permuted(z):
@@ -107,7 +109,8 @@ class VAE(nn.Module):
     kl_weight = tc_weight = 1.                                          # a schedule may change them during training
     def __init__(self, shape=(1, 64, 64), codes=10, hidden=None):
         super().__init__()
-        require(codes >= 1, "at least one code", codes, "the papers use 10")
+        require(len(shape) == 3, "a shape (C, H, W)", tuple(shape), "grey pictures have C = 1")
+        require(isinstance(codes, int) and codes >= 1, "at least one code", codes, "the papers use 10")
         self.shape, self.codes, self.hidden = tuple(shape), codes, tuple(hidden) if hidden else None
         self.encoder, self.decoder = layers(self.shape, codes, self.hidden) if hidden else convolutions(self.shape, codes)
 
@@ -118,7 +121,9 @@ class VAE(nn.Module):
 
     def encode(self, x): return self.posterior(x)[0]
 
-    def decode(self, z): return 2 * torch.sigmoid(self.decoder(z)) - 1
+    def decode(self, z):
+        require(z.ndim == 2 and z.shape[1] == self.codes, f"codes (n, {self.codes})", tuple(z.shape), "give each picture all its numbers")
+        return 2 * torch.sigmoid(self.decoder(z)) - 1
 
     def draw(self, x):
         "z ~ q(z | x), with its mean and logvar, (n, d) each."
@@ -172,7 +177,7 @@ class FactorVAE(VAE):
 
     def loss(self, x, *_):
         m = round(len(x) * self.share)
-        require(0 < m < len(x), "pictures for both VAE and critic", f"{len(x)} with a share of {self.share}", "give more")
+        require(0 < m < len(x) - 1, "pictures for the VAE and at least two for the critic, which shuffles them", f"{len(x)} with a share of {self.share}", "give more")
         t = self.terms(x[:m])
         with torch.no_grad(): z = self.draw(x[m:])[0]
         tc = held(self.critic)(t.z).mean()                                                          # the density-ratio trick
@@ -192,13 +197,16 @@ def unpack(tensors, facts):
     facts = dict(facts); kind = facts.pop("kind", None)
     require(kind in KINDS, f"a model among {', '.join(KINDS)}", repr(kind), "name a file that an autoencoder was saved to")
     model = KINDS[kind](**facts)
-    critics = {k: v for k, v in model.state_dict().items() if k.startswith("critic.")}
-    model.load_state_dict(critics | {k: v.float() for k, v in tensors.items()})
+    mine = {k: v for k, v in model.state_dict().items() if not k.startswith("critic.")}
+    wrong = [k for k in sorted(mine | tensors) if k not in mine or k not in tensors or mine[k].shape != tensors[k].shape]
+    require(not wrong, f"the tensors of this {kind}", f"{len(wrong)} missing, unknown or of another shape: {wrong[:1]}", "name a file that `pack` filled, with its own facts")
+    model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)             # not the critic
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #cd2f3fd4
 def mixture_tc(mean, logvar, draws=1000, generator=None):
     "Total correlation in nats of a cloud that is an even mixture of normals (m, d), with its standard error, from `draws` codes of it: the definition, without a critic and without weights."
+    require(len(mean) and draws > 1, "normals, and at least two draws", f"{len(mean)} and {draws}", "give more")
     who, noise = torch.randint(len(mean), (draws,), generator=generator).to(mean.device), torch.randn(draws, mean.shape[1], generator=generator).to(mean)
     z, mix = mean[who] + (logvar[who] / 2).exp() * noise, lambda l: l.logsumexp(1) - math.log(len(mean))
     each = torch.cat([mix(l.sum(2)) - mix(l).sum(1) for l in (log_normal(a, mean, logvar) for a in z.split(100))])
@@ -223,15 +231,15 @@ def contenders(shape, gamma=20.):
             "FactorVAE": (factor, None), "VAE, dear first": (vae, dear_first), "FactorVAE, dear first": (factor, dear_first)}
 
 def printed(shape, n):
-    "The models of the papers by name, with the published networks, for pictures `shape` of which there are `n`; none has a schedule."
-    kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=4.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=6., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
+    "The models of LCG-DM's Table 1 by name, with the published networks and its A.3's coefficient of 10, and FactorVAE at 20, for pictures `shape` of which there are `n`; none has a schedule."
+    kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=10.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=10., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
     return {name: (build, None) for name, build in kinds.items()}
 
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
     "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
     many = round(size / getattr(model, "share", 1))
-    batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data, size=many, seed=seed)
     where = next(model.parameters()).device
+    batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data.to(where), size=many, seed=seed)
     family = None if isinstance(model, BetaTCVAE) else "autoencoders"                              # its weights are made on the host
     def at(step):
         if not schedule: return batches(step)
@@ -261,7 +269,8 @@ def squares_experiment(config, whole=False):
     "Autoencoders on squares, or on the `whole` of dSprites with the published networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
     sizes, data, tensors, facts = config.sizes(**(DSPRITES if whole else SQUARES)), Sprites(64) if whole else squares(), {}, {}
     rates, models = (dict(lr=1e-4, critic_lr=1e-4), printed(data.shape, len(data))) if whole else (dict(lr=1e-3, critic_lr=2e-3), contenders(data.shape))
-    record = config.record(hidden=None if whole else list(HIDDEN), **rates, beta_VAE=4., beta_TCVAE=6., gamma=20., **sizes)
+    betas = dict(beta_VAE=10., beta_TCVAE=10.) if whole else dict(beta_VAE=4., beta_TCVAE=6.)
+    record = config.record(hidden=None if whole else list(HIDDEN), **rates, **betas, gamma=20., **sizes)
     for name, (build, schedule) in models.items():
         seed_everything(config.seed)
         model = build().to(data.device)

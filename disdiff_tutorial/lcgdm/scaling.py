@@ -28,7 +28,8 @@ DIGITS = dict(
 ASKED = (-2., -1., 0., 1., 2.)      # values that a number of the code is set to
 
 def spread(images):
-    "Root mean square distance between two different ones of images (n, C, H, W)."
+    "Root mean square distance between two different ones of images (n, C, H, W), floats."
+    require(len(images) > 1, "at least two images", len(images), "draw more")
     x = images.flatten(1)
     return (2 * x.var(0).sum()).sqrt().item()
 
@@ -40,6 +41,7 @@ def cell(model, j, value, n, lam, generator, **kind):
 
 def loudest(model, images, k=2):
     "The k numbers of the code that say most of images: largest mean KL to the prior; and all their KLs (d,), in nats."
+    require(hasattr(model.encoder, "posterior"), "an encoder with a posterior", type(model.encoder).__name__, "choose the numbers yourself: without a spread each says infinitely much")
     with torch.no_grad(): kl = kl_to_prior(*model.posterior(images)).mean(0)
     return kl.topk(k).indices.tolist(), kl
 
@@ -100,6 +102,7 @@ class CodePrior(nn.Module):
 
     def learn(self, codes, steps, size=512, **kind):
         "Fit codes (n, d), drawn anew from q(z | x) if `codes` is a function of the batch size. `kind`: options of `diffusion.training.fit`."
+        if not callable(codes): require(codes.ndim == 2 and codes.shape[1] == self.first.in_features and len(codes), f"codes (n, {self.first.in_features})", tuple(codes.shape), "give one row for each image")
         draw = codes if callable(codes) else lambda n: codes[torch.randint(len(codes), (n,), device=codes.device)]
         return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=2e-3, **kind)
 
@@ -114,16 +117,18 @@ FACES = dict(
     long=dict(vae_steps=4000, steps=5000, batch=32, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25),
     gpu=dict(vae_steps=30_000, steps=15_000, prior_steps=10_000, width=64, batch=256, side=64, samples=10_000, judged=1300, evaluations=25))
 
-def faces(side=32):
-    "LFW at 32 x 32, or at a `side` of 64, and its name; where it is not on disk, one printed line and 2,000 rendered scenes stand in."
+def faces(side=32, name="lfw"):
+    "LFW (or `name` = 'celeba') at 32 x 32, or at a `side` of 64, and its name; where it is not on disk, one printed line and 2,000 rendered scenes stand in."
+    require(side in (16, 32, 64), "a side of 16, 32 or 64", side, "these divide 64")
     shrink = lambda x: nn.functional.avg_pool2d(x.float(), 64 // side).round().to(torch.uint8)
-    try: return shrink(files.load("lfw").images[:]), "lfw"
-    except files.Unavailable: print("LFW is not on disk; rendered scenes stand in (load('lfw') says how to get it)")
+    try: return torch.cat([shrink(part) for part in files.load(name).images[:].split(5000)]), name
+    except files.Unavailable: print(f"{name} is not on disk; rendered scenes stand in (load({name!r}) says how to get it)")
     from disdiff_tutorial.data.scenes import Scenes
     return shrink(Scenes(device="cpu").sample(2000, torch.Generator().manual_seed(0))[0]), "scenes"
 
 def moment_gap(z):
-    "KL in nats from the normal with the mean and covariance of codes z (n, d) to N(0, I): how far the cloud is from the prior, as far as two moments tell."
+    "KL in nats from the normal with the mean and covariance of codes z (n, d) to N(0, I): how far the cloud is from the prior, as far as two moments tell. n > d."
+    require(z.ndim == 2 and len(z) > z.shape[1], "codes (n, d) with n > d, else their covariance is singular", tuple(z.shape), "give more")
     z = z.double(); cov = z.T.cov().reshape(z.shape[1], -1)
     return ((cov.trace() + z.mean(0).square().sum() - len(cov) - torch.linalg.slogdet(cov)[1]) / 2).item()
 
@@ -134,10 +139,10 @@ def code_sources(model, prior, images, n, seed=0):
     return {"encoded": model.draw_codes(images[rows]), "prior": model.prior(n, g), "learned prior": prior.draw(n, model.codes, g).to(model.mean)}
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #85dfc283
-def faces_experiment(config):
-    "FactorVAE, LCG-DM and a learned prior over codes on faces; the gap between prior and encoded codes: `Config` -> `Record`, models beside it."
+def faces_experiment(config, data="lfw"):
+    "FactorVAE, LCG-DM and a learned prior over codes on faces, LFW or `data` = 'celeba'; the gap between prior and encoded codes: `Config` -> `Record`, models beside it."
     sizes, where = config.sizes(**FACES), device()
-    images, name = faces(sizes.get("side", 32)); images = images.to(where)
+    images, name = faces(sizes.get("side", 32), data); images = images.to(where)
     test, train = images[::10], images[torch.arange(len(images)) % 10 > 0]
     seed_everything(config.seed)
     vae = FactorVAE(tuple(images.shape[1:]), gamma=20., width=256, depth=3, share=1 / 3).to(where)

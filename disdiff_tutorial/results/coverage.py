@@ -56,8 +56,13 @@ def sections(path):
     return _sections(Path(path), Path(path).stat().st_mtime_ns)                               # read once, and again if it has changed
 
 # %% ../../nbs/results/81_coverage.ipynb #49cac399
+def _lines(code, part):
+    "The whole lines of `code` in which its piece `part` stands."
+    at = code.index(part)
+    return code[code.rfind("\n", 0, at) + 1:].split("\n", part.count("\n") + 1)[:part.count("\n") + 1]
+
 def check(row, root=None):
-    """What is wrong with a `row` of the coverage or the errata, '' if nothing: its word must be known; notebook, heading and code must exist, the code below the heading; a `checked` cell must contain an assertion.
+    """What is wrong with a `row` of the coverage or the errata, '' if nothing: its word must be known; notebook, heading and code must exist, the code below the heading; the lines of `checked` code must assert something.
     Rows that are missing or open may name no place, but must say why in `note`. `root`: the checkout."""
     word, known = (row["status"], STATUS) if "status" in row else (row["verdict"], VERDICTS)
     if word not in known: return f"expected one of {', '.join(known)}, found {word!r}"
@@ -68,7 +73,7 @@ def check(row, root=None):
     if section is None: return f"expected the heading {row['heading']!r} in {row['notebook']}, found none"
     cells = [c for c in section.code if row["check"] and row["check"] in c]
     if not cells: return f"expected the code {row['check']!r} below {row['heading']!r} in {row['notebook']}, found none"
-    if word == "checked" and not any(re.search(r"\b(test_\w+\(|assert )", c) for c in cells): return f"expected an assertion beside {row['check']!r}, found none"
+    if word == "checked" and not any(re.search(r"\b(test_\w+\(|assert )", line) for c in cells for line in _lines(c, row["check"])): return f"expected an assertion beside {row['check']!r}, found none"
     return ""
 
 # %% ../../nbs/results/81_coverage.ipynb #0ea65359
