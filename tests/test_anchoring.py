@@ -112,6 +112,31 @@ def test_splits_together_as_alone():
         alone = split(x[u:u + 1], one(x[u:u + 1]), chance=0)
         assert torch.allclose(alone.means[0], together.means[u], atol=1e-6) and torch.allclose(alone.weights[0], together.weights[u], atol=1e-6)
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_whole_of_algorithm_2(seed):
+    "Every stage as printed, one unit, plain loops that stop nowhere early, against `select`; without the coin, whose throws fall in another order."
+    g = torch.Generator().manual_seed(seed); hills = torch.tensor([[0., 0], [2.2, 0], [0, 2.2], [2.6, 2.4], [5., 1.2]]).double().repeat_interleave(100, 0)
+    c = torch.cat([hills + .3 * torch.randn(500, 2, generator=g, dtype=torch.float64), .05 * torch.randn(6, 2, generator=g, dtype=torch.float64) + torch.tensor([6.5, 4.])]); x = ((c - c.min()) / (c.max() - c.min()) - 1)[None]
+    m = DyGA(1, 2, "bounded", start=3, most=12, psi=.07, chance=0).select(c[:, None], torch.Generator().manual_seed(seed))
+    def steps(x, g):
+        for _ in range(30): g = m_step(x, log_joint(x, g).softmax(-1))
+        return g
+    g = steps(x, init_gaussians(x, 3, torch.Generator().manual_seed(seed))).of([0]); found = [Gaussians(*(v[:, k:k + 1] for v in g)) for k in range(3)]
+    join = lambda parts: Gaussians(*map(lambda *v: torch.cat(v, 1), *parts))
+    for _ in range(3):
+        r, now = log_joint(x, join(found)).softmax(-1)[0], []
+        for k, one in enumerate(found):
+            f = x[:, r[:, k] > .5]; wide = (f - f.mean(1)).norm(dim=-1).mean()
+            if wide <= .07: now.append(one); continue
+            side = ((f - one.means) @ one.axes[:, 0, :, :1])[0, :, 0] > 0
+            two = steps(f, m_step(f, nn.functional.one_hot(side.long(), 2).double()[None]))
+            now += [Gaussians(one.weights * two.weights[:, h:h + 1], *(v[:, h:h + 1] for v in two[1:])) for h in (0, 1)]
+        found = now
+    total = log_joint(x, join(found)).softmax(-1).sum(1)[0]
+    kept = steps(x, join([one for one, t in zip(found, total) if t >= 10])); ours = m.gaussians.of(0)
+    a, b = kept.means[0], ours.means[ours.weights > 0]; near = torch.cdist(a, b).argmin(1)
+    assert len(a) == len(b) > 3 and near.sort().values.tolist() == list(range(len(b))) and (a - b[near]).abs().max() < 2e-3 and (kept.weights[0] - ours.weights[ours.weights > 0][near]).abs().max() < 2e-3
+
 def test_the_filter():
     x = features(200, 1, 4).transpose(0, 1).contiguous(); x[0, :5] = 60 + .1 * torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     r = torch.zeros(1, 200, 2, dtype=torch.float64); r[0, :5, 0] = 1; r[0, 5:, 1] = 1
@@ -129,7 +154,9 @@ def bad(value): x = features(); x[3, 1, 2] = value; return x
     (lambda: made().align(features(dim=5)), "expected features (n, 3, 6) of floats, found (300, 3, 5)"), (lambda: made().align(features()[0]), "expected features (n, 3, 6)"),
     (lambda: made().align(features().long()), "torch.int64"), (lambda: made(x=features(7)), "expected at least 8 rows, found 7"), (lambda: made(x=bad(math.nan)), "expected finite features, found 1 NaN"),
     (lambda: made(x=bad(math.inf)), "expected finite features"), (lambda: DyGA(3, 6, "best"), "expected variant"), (lambda: DyGA(3, 1), "lift it first"), (lambda: DyGA(0, 6), "expected at least one unit"),
-    (lambda: DyGA(3, 6, start=0), "expected start from 1"), (lambda: DyGA(3, 6, strength=2.), "expected strength"), (lambda: DyGA(3, 6, tau=0.), "tau > 0"), (lambda: FSQ(6, (8, 1)), "expected at least two levels"), (lambda: FSQ(6, ()), "expected at least two levels")])
+    (lambda: DyGA(3, 6, start=0), "expected start from 1"), (lambda: DyGA(3, 6, strength=2.), "expected strength"), (lambda: DyGA(3, 6, tau=0.), "tau > 0"), (lambda: DyGA(3, 6, psi=math.nan), "expected psi >= 0"), (lambda: DyGA(3, 6, phi=1.), "phi between 0 and 1"), (lambda: DyGA(3, 6, least=-1), "least >= 0"),
+    (lambda: DyGA(3, 6, rounds=-1), "expected rounds and iterations >= 0"), (lambda: DyGA(3, 6, iterations=-1), "expected rounds and iterations >= 0"), (lambda: DyGA(3, 6, subset=0), "subset None or >= most = 32"),
+    (lambda: made(x=1e160 * features()), "beyond 1e+100"), (lambda: FSQ(6, 8), "found 8"), (lambda: FSQ(6, (8, 1)), "expected at least two levels"), (lambda: FSQ(6, ()), "expected at least two levels")])
 def test_errors_in_one_line(call, message):
     with pytest.raises(ValueError) as err: call()
     assert message in str(err.value) and "\n" not in str(err.value)

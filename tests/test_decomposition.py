@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, OnePass, Pictures, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, load_model, picture_weight, rooms_experiment)
-from disdiff_tutorial.core import Config
+from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, OnePass, Pictures, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, judged, load_model, measure, picture_weight, rooms_experiment)
+from disdiff_tutorial.core import Config, Record, to_uint8
 from disdiff_tutorial.data.scenes import rooms
-from disdiff_tutorial.diffusion.dsm import unit
+from disdiff_tutorial.diffusion.dsm import middle_time, uniform_time, unit
 from disdiff_tutorial.diffusion.sampling import sample
 from disdiff_tutorial.diffusion.sde import SubVPSDE, VPSDE
 from disdiff_tutorial.diffusion.unet import UNet
@@ -159,6 +159,24 @@ def test_antisymmetric_share():
 def test_antisymmetric_goes_through_attention():
     model, (xt, t, zeta) = made().eval(), batch(2)
     assert 0 < antisymmetric(lambda v: model(v, t[:2], zeta[:2]), xt[:2], 2) <= 1
+
+def test_fit_weighs_pictures_at_middle_times_unless_told():
+    def after(**how):
+        model = made(); torch.manual_seed(2); model.fit(x, steps=2, size=4, progress=False, **how)
+        return torch.cat([p.flatten() for p in model.parameters()])
+    plain = after()
+    assert torch.equal(plain, after(weighting=picture_weight, time=middle_time)) and not torch.equal(plain, after(weighting=unit)) and not torch.equal(plain, after(time=uniform_time))
+
+def test_measures_are_by_hand():
+    model, record, x0 = made().eval(), Record("t", "smoke", 3), x.float() / 127.5 - 1; measure(record, model, x, 2)
+    rebuilt = model.sample(model.encode(x), steps=2, x=torch.randn(x0.shape, generator=torch.Generator().manual_seed(3)))
+    error, std = (rebuilt - x0).square().mean().sqrt().item(), (x0 - x0.mean(0)).square().mean().sqrt().item()
+    value = {k: m["value"] for k, m in record.metrics.items()}
+    assert value["reconstruction, rms error"] == pytest.approx(error) and value["standard deviation of the data"] == pytest.approx(std) and value["standard deviation over error"] == pytest.approx(std / error)
+    drawn, g, zeta = judged(model, x[:4], 2, 7), torch.Generator().manual_seed(7), model.encode(x[:4])
+    other = zeta.clone(); other[:, 0] = zeta[[3, 0, 1, 2], 0]                                           # the first component of the picture before
+    for name, latents, w in (("rebuilt", zeta, [1 / 3, 1 / 3, 1 / 3, 0]), ("composed", other, [1 / 3, 1 / 3, 1 / 3, 0]), ("one component", zeta, [1., 0, 0, 0]), ("no code", zeta, [0., 0, 0, 1])):
+        assert torch.equal(drawn[name], to_uint8(model.sample(latents, w, steps=2, x=torch.randn(4, 3, 16, 16, generator=g)))), name
 
 def test_carried_knows_who_knows():
     pytest.importorskip("sklearn")

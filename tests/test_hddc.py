@@ -173,6 +173,18 @@ def test_exact_on_a_line_far_away():
     exact = -.5 * ((e @ q) ** 2 / g.values[0, 0, 0] + g.values[0, 0].log().sum() + 6 * math.log(2 * math.pi))
     assert g.values[0, 0, -1] == 1e-8 and (log_joint((LINE + 1e3)[None], g)[0, :, 0] - exact).abs().max() < 1e-4
 
+def test_very_large_numbers():
+    "Squares beyond float64 are refused in one line, not answered by nan; below that scale does not matter."
+    x, y = planted(300); x, y = x.numpy(), y.numpy(); m = HDDC(4, random_state=0).fit(x)
+    assert (HDDC(4, random_state=0).fit(1e80 * x).labels_ == m.labels_).all() and np.isfinite(m.predict_proba(1e80 * x)).all()
+    for do in (lambda: HDDC(4).fit(1e160 * x), lambda: m.predict_proba(1e200 * x), lambda: m.predict(1e200 * x), lambda: em(torch.from_numpy(1e160 * x)[None], soft(300, 4))):
+        with pytest.raises(ValueError, match="beyond 1e\\+100"): do()
+
+def test_kmeans_far_from_zero():
+    x, _ = planted(300, spread=2.); near = lambda v: kmeans(v[None], 4, generator=torch.Generator().manual_seed(0))[0]
+    pairs = lambda l: l[:, None] == l
+    assert torch.equal(pairs(near(x + 1e9)), pairs(near(x))) and torch.equal(pairs(near((x + 1e4).float())), pairs(near(x)))
+
 def test_two_clusters_on_repeated_points():
     x = HARD["points"]; g, r, _ = em(x[None], one_hot(torch.arange(40)[None] // 20, 2))
     assert (r[0, :20, 0] == 1).all() and (g.means[0] - x[[0, 20]]).abs().max() < 1e-12
@@ -196,7 +208,13 @@ def test_a_pair_does_not_win():
 def test_one_line_errors():
     x = planted(50)[0]
     for do, word in ((lambda: em(x, soft(50, 2)), "points"), (lambda: em(x[None] * math.nan, soft(50, 2)), "finite"), (lambda: HDDC(0).fit(x.numpy()), "n_clusters"), (lambda: HDDC(51).fit(x.numpy()), "n_clusters"),
-                     (lambda: HDDC(2, init="x").fit(x.numpy()), "init"), (lambda: HDDC(2, init=np.ones(50, int) * 2).fit(x.numpy()), "labels")):
+                     (lambda: HDDC(2, init="x").fit(x.numpy()), "init"), (lambda: HDDC(2, init=np.ones(50, int) * 2).fit(x.numpy()), "labels"),
+                     (lambda: HDDC(2, init=np.arange(50) % 2 + .5).fit(x.numpy()), "whole labels"), (lambda: HDDC(2, init=np.full(50, np.nan)).fit(x.numpy()), "labels"), (lambda: HDDC(2, init=None).fit(x.numpy()), "labels"),
+                     (lambda: HDDC("3").fit(x.numpy()), "n_clusters"), (lambda: HDDC(2.5).fit(x.numpy()), "n_clusters"), (lambda: HDDC(2, n_init=0).fit(x.numpy()), "n_init"), (lambda: HDDC(2, max_iter=-1).fit(x.numpy()), "max_iter"),
+                     (lambda: HDDC(2, floor=math.nan).fit(x.numpy()), "floor > 0"), (lambda: HDDC(2, floor=0).fit(x.numpy()), "floor > 0"), (lambda: em(x[None], soft(40, 2)), "a start for 1 units of 50"), (lambda: em(x[None], soft(50, 2, 3)), "a start"),
+                     (lambda: em(x[None], soft(50, 2) * math.nan), "a start"), (lambda: em(x[None], -soft(50, 2)), "a start"), (lambda: em(x[None], 0 * soft(50, 2)), "a start"), (lambda: em(x[None], soft(50, 2), -1), "iterations"),
+                     (lambda: em(x[None], soft(50, 2), weight=torch.ones(50)), "weights"), (lambda: em(x[None], soft(50, 2), weight=torch.arange(50.)[None] - 9), "weights"), (lambda: em(x[None, :0], soft(0, 2)), "points"),
+                     (lambda: kmeans(x[None], 0), "k >= 1"), (lambda: kmeans(x, 2), "points")):
         with pytest.raises(ValueError, match="expected .*" + word) as err: do()
         assert "\n" not in str(err.value)
 

@@ -107,6 +107,11 @@ def test_a_file_brings_back_the_same_autoencoder(build):
     assert torch.equal(back.encode(x), model.encode(x)) and torch.equal(back.decode(model.encode(x)), model.decode(model.encode(x)))
     assert not any(p.requires_grad for p in back.parameters())
 
+def test_a_file_may_hold_the_critic():
+    "Files written before critics stayed behind still open."
+    model = factor(); tensors, facts = pack(model, half=False)
+    assert torch.equal(unpack(tensors | {k: v for k, v in model.state_dict().items() if k.startswith("critic.")}, facts).critic[0].weight, model.critic[0].weight)
+
 def test_training_lowers_the_loss_and_judging_leaves_the_model():
     torch.manual_seed(0); data = squares("cpu"); build, schedule = contenders(data.shape)["FactorVAE, dear first"]; model = build()
     done = learn(model, data, 300, size=32, schedule=schedule, progress=False)

@@ -141,7 +141,7 @@ def test_attach_again_after_detach():
 
 @pytest.mark.parametrize("do,part", [
     (lambda: SkipDropout(1.5), "expected a rate from 0 to 1, found 1.5"), (lambda: SkipDropout(-.1), "expected a rate from 0 to 1, found -0.1"), (lambda: SkipDropout(float("nan")), "found nan"),
-    (lambda: SkipDropout(levels="coarse"), "found 'coarse'"), (lambda: SkipDropout(levels=[]), "found []"), (lambda: SkipDropout(levels=[0, 5]).attach(ours()), "expected levels from 0 to 2, found [0, 5]"),
+    (lambda: SkipDropout(levels="coarse"), "found 'coarse'"), (lambda: SkipDropout(levels=[]), "found []"), (lambda: SkipDropout(levels=1), "expected levels as a list of numbers, 'all' or 'free', found 1"), (lambda: SkipDropout(levels=None), "found None"), (lambda: SkipDropout(levels=[0, 5]).attach(ours()), "expected levels from 0 to 2, found [0, 5]"),
     (lambda: SkipDropout(levels="free").attach(ours(tokens=True)), "cross-attention at all levels"), (lambda: SkipDropout().attach(torch.nn.Linear(2, 2)), "found Linear")])
 def test_bad_arguments(do, part):
     with pytest.raises(ValueError) as err: do()

@@ -197,10 +197,11 @@ def unpack(tensors, facts):
     facts = dict(facts); kind = facts.pop("kind", None)
     require(kind in KINDS, f"a model among {', '.join(KINDS)}", repr(kind), "name a file that an autoencoder was saved to")
     model = KINDS[kind](**facts)
-    mine = {k: v for k, v in model.state_dict().items() if not k.startswith("critic.")}
-    wrong = [k for k in sorted(mine | tensors) if k not in mine or k not in tensors or mine[k].shape != tensors[k].shape]
+    critics = {k: v for k, v in model.state_dict().items() if k.startswith("critic.")}
+    mine, found = model.state_dict(), critics | tensors
+    wrong = [k for k in sorted(mine | found) if k not in mine or k not in found or mine[k].shape != found[k].shape]
     require(not wrong, f"the tensors of this {kind}", f"{len(wrong)} missing, unknown or of another shape: {wrong[:1]}", "name a file that `pack` filled, with its own facts")
-    model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)             # not the critic
+    model.load_state_dict({k: v.float() for k, v in found.items()})
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #cd2f3fd4

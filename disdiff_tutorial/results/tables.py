@@ -386,11 +386,14 @@ def answer(compared, metric, high=True, among=None):
     if len(values) < 2: return "fewer than two methods have a record."
     text = lambda m: f"{m} ({compared.text(m, metric)})"
     first, *rest = sorted(values, key=lambda m: statistics.mean(values[m]), reverse=high)
-    if once := [m for m, v in values.items() if len(v) < 2]:
-        return f"{text(first)}, then {text(rest[0])}; one training {'each' if len(once) == len(values) else 'of ' + ', '.join(once)}, so this is no ranking."
+    def short(n):
+        "Which methods have fewer than n trainings, in words; '' if none."
+        few = [m for m, v in values.items() if len(v) < n]
+        return "each" if len(few) == len(values) else few and "of " + ", ".join(few)
+    if who := short(2): return f"{text(first)}, then {text(rest[0])}; one training {who}, so this is no ranking."
     if tied := [m for m in rest if not apart(values[first], values[m])]: return f"{text(first)}, not apart from {', '.join(map(text, tied))}."
-    few = min(map(len, values.values())) < 3                             # apart: wrong in one case of five with two trainings each, of twelve with three
-    return f"{text(first)}, apart from {text(rest[0])}" + " and all others" * (len(rest) > 1) + ("; two trainings each, a lead and no ranking." if few else ".")
+    doubt = f"; two trainings {who}, a lead and no ranking." if (who := short(3)) else "."              # apart: wrong in one case of five with two trainings each, of twelve with three
+    return f"{text(first)}, apart from {text(rest[0])}" + " and all others" * (len(rest) > 1) + doubt
 
 # %% ../../nbs/results/80_tables.ipynb #2c872abb
 FRONT = {"PCA": "linear floor", "VAE": "autoencoder", "FactorVAE": "the code of LCG-DM", "LCG-DM": "paper 1", "iVAE + DDPM": "paper 2, told about factors", "EncDiff": "base of paper 3", "DyGA + SD": "paper 3", "score components": "paper 4"}
