@@ -35,6 +35,7 @@ EXPERIMENTS = {                                                 # name -> functi
     "lcgdm/autoencoders": later("lcgdm.factorvae", "squares_experiment", whole=True),
     "lcgdm/digits": later("lcgdm.scaling", "digits_experiment"),
     "lcgdm/digits-zeros": later("lcgdm.scaling", "digits_experiment", zeros=True),
+    "lcgdm/celeba": later("lcgdm.scaling", "faces_experiment", data="celeba"),
     "lcgdm/faces": later("lcgdm.scaling", "faces_experiment"),
     "ivae/rotation": later("ivae.ivae", "rotation_experiment"),
     "ivae/rooms": later("ivae.ivae_ddpm", "rooms_experiment"),

@@ -91,6 +91,12 @@ def test_critic_feels_its_own_loss_alone():
     held(critic)(z).sum().backward()
     assert z.grad.any() and all(p.grad is None for p in critic.parameters())
 
+def test_critic_is_right_when_it_says_one_to_real_codes():
+    "By hand: -log of the probability given to the right side, averaged over both."
+    real, shuffled, critic = torch.tensor([[2.], [1.]]), torch.tensor([[-3.]]), lambda z: z
+    right = torch.sigmoid(torch.tensor([2., 1., 3.])).log()
+    assert torch.allclose(critic_loss(critic, real, shuffled), -(right[:2].mean() + right[2]) / 2)
+
 def test_schedule():
     assert [dear_first(u) for u in (0., .5, .8, 1.)] == [(6., 0.), (6., 0.), (1., 1.), (1., 1.)] and dear_first(.65) == pytest.approx((3.5, .5))
 
@@ -276,8 +282,9 @@ def test_code_prior():
         prior = CodePrior(2, 32); prior.learn(source, 400, size=256, progress=False)
         z = prior.draw(2000, 2, torch.Generator().manual_seed(0), steps=20)
         assert (z.mean(0) - cloud.mean(0)).abs().max() < .15 and (z.std(0) - cloud.std(0)).abs().max() < .15
-    sources = code_sources(lcgdm(), CodePrior(3, 16), x, 5)
+    model = lcgdm(); sources, again = (code_sources(model, CodePrior(3, 16), x, 5) for _ in range(2))
     assert set(sources) == {"encoded", "prior", "learned prior"} and all(z.shape == (5, 3) for z in sources.values())
+    assert torch.equal(sources["prior"], again["prior"]) and not torch.equal(sources["encoded"], again["encoded"])       # drawn from q(z | x), not its means
 
 def test_faces_of_either_set(monkeypatch):
     "LFW or CelebA, whichever is asked for, averaged to the side; scenes where it is not on disk."

@@ -71,6 +71,8 @@ class IVAEDDPM(nn.Module):
     `net`: how the code enters, `UNet` (AdaGN), `Added` or `Crossed`; `unet`: its sizes."""
     def __init__(self, ivae, shape, drop=.2, zeros=True, net=UNet, sde=VPSDE(), **unet):
         super().__init__()
+        require(0 <= drop <= 1, "a share drop from 0 to 1", drop, "the paper has 0.2")
+        require(not hasattr(ivae, "classes"), "an iVAE with codes of numbers", type(ivae).__name__, "the U-Net is told one number a code")
         self.ivae, self.shape, self.drop, self.sde = ivae, tuple(shape), drop, sde
         self.net = net(shape[0], cond_dim=ivae.codes, sde=sde, **(dict(width=32, mults=[1, 2], blocks=1, attend=[1], stem=2) | unet))
         if zeros: self.net.null.requires_grad_(False).zero_()
@@ -101,6 +103,7 @@ class IVAEDDPM(nn.Module):
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #2d59e6d8
 def beta_time(a=3., b=1.):
     "Times (n,) from a Beta(a, b) on [T_MIN, 1]; a > b: towards noise."
+    require(a > 0 and b > 0, "a and b above 0", (a, b), "take 3 and 1 for times near noise")
     def time(n, device=None): return T_MIN + (1 - T_MIN) * torch.distributions.Beta(a, b).sample((n,)).to(device or "cpu")
     return time
 
