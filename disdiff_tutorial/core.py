@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'require', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float', 'to_uint8',
            'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors',
-           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config', 'spent_on',
+           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config', 'effort',
            'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
@@ -174,6 +174,8 @@ class Record:
     curves: dict = dataclasses.field(default_factory=dict)
     images: int = 0       # images seen in training
     seconds: float = 0.   # wall time of the whole run
+    memory: float = 0.    # MB at the peak on the GPU, 0 without one
+    trainings: dict = dataclasses.field(default_factory=dict)   # part -> steps, images, seconds, and gflop for an image, there and back: the training alone
     device: str = dataclasses.field(default_factory=device_name)
     code: str = dataclasses.field(default_factory=code_version)
     libraries: dict = dataclasses.field(default_factory=libraries)
@@ -240,7 +242,7 @@ class Config:
     change: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.began, self.cut = time.monotonic(), {}
+        self.began, self.cut, self.trainings = time.monotonic(), {}, {}
         number, limits = lambda v: isinstance(v, (int, float)), self.within.values() if isinstance(self.within, dict) else [] if self.within is None else [self.within]
         require(type(self.seed) is int and 0 <= self.seed < 2**32, "a whole seed from 0 to 2^32 - 1", repr(self.seed), "choose another")
         require(number(self.share) and 0 < self.share <= 1, "a share of the steps above 0, at most 1", repr(self.share), "correct it")
@@ -269,21 +271,23 @@ class Config:
         if steps < whole: self.cut[part] = [steps, whole]
         left = None if self.minutes is None else max(self.minutes - (time.monotonic() - self.began) / 60, 1e-9)
         done = fit(steps=steps, minutes=left, checkpoint=self.resume(part))
-        taken, _ = spent_on(done)
+        self.trainings[part] = effort(done); taken = self.trainings[part]["steps"]
         if taken < steps: raise Unfinished(f"{self.name}: time is up in {part!r}, after {taken:,} of {steps:,} steps")
         return done
 
     def affordable(self, part, fit, steps, limit):
         "As many of `steps` as fit into `limit` minutes. The training begins in earnest: a twentieth of the time to get going, a tenth to read its speed, while its learning rate is the same for any number of steps."
-        (before, early), (taken, seconds) = (spent_on(fit(steps=steps, minutes=limit / k, checkpoint=self.resume(part))) for k in (20, 10))
+        early, later = (effort(fit(steps=steps, minutes=limit / k, checkpoint=self.resume(part))) for k in (20, 10))
+        (before, began), (taken, seconds) = ((e["steps"], e["seconds"]) for e in (early, later))
         if taken >= steps: return steps
-        most = taken + int(max(60 * limit - seconds, 0.) * max(taken - before, 1) / max(seconds - early, 1e-9))
+        most = taken + int(max(60 * limit - seconds, 0.) * max(taken - before, 1) / max(seconds - began, 1e-9))
         return max(min(most, steps), 1)
 
-def spent_on(done):
-    "Steps and seconds of a `Fit` or of a tuple of them, some of which may be None."
+def effort(done):
+    "Steps, images, seconds, and GFLOP for an image, of a `Fit` or of a tuple of them, some of which may be None."
     fits = [f for f in (done if type(done) is tuple else (done,)) if f]               # a Fit is a named tuple
-    return sum(f.steps for f in fits), sum(f.seconds for f in fits)
+    steps, images, seconds, flop = (sum(x) for x in zip((0, 0, 0., 0.), *((f.steps, f.images, f.seconds, f.flop * f.images) for f in fits)))
+    return dict(steps=steps, images=images, seconds=seconds, gflop=flop / max(images, 1) / 1e9)
 
 class Unfinished(Exception):
     "The minutes of an experiment are over before its work is; what was done lies in checkpoints."

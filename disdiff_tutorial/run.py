@@ -120,10 +120,11 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
     if not (retrain or out) and (found := records(name)):
         print(describe(found[0], "loaded")); return found[0]
     config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share, change or {})
-    if torch.cuda.is_available(): torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
     try: record = experiment(config)
     except Unfinished as stop: note_time(config); print(f"unfinished {stop}; the same call goes on"); return None
-    record.seconds = note_time(config)
+    record.seconds, record.trainings = note_time(config), config.trainings
+    if torch.cuda.is_available(): record.memory = torch.cuda.max_memory_allocated() / 2**20
     if config.cut: record.config["cut"] = config.cut
     record.folder = config.out
     if record.looks: sheet(record)

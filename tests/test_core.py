@@ -234,3 +234,14 @@ def test_only_lines_of_run_are_said():
     import nbformat
     text = "trained on mnist, while digits stand in here\nloaded toy/mean: scale cpu, seed 0, 2 s on a laptop; error 1 (n=1, test)\n"
     assert runner.said(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("stream", text=text)])])) == "loaded toy/mean: scale cpu, seed 0, 2 s"
+
+# --- what a training took -----------------------------------------------------------------------------------------------
+
+def test_operations_of_a_step_are_counted():
+    "A linear layer of a x b on n rows: 2 n a b there, as much for the weights on the way back; nothing for data that need no gradient."
+    from disdiff_tutorial.diffusion.training import fit
+    net, x = torch.nn.Linear(30, 20), torch.randn(8, 30)
+    done = fit(lambda x: net(x).square().mean(), net, lambda step: x, steps=3, progress=False)
+    assert done.flop == 2 * 2 * 30 * 20
+    both = core.effort((done, None, done._replace(flop=0.)))
+    assert both == dict(steps=6, images=48, seconds=2 * done.seconds, gflop=pytest.approx(1200e-9)) and core.effort((None,)) == dict(steps=0, images=0, seconds=0., gflop=0.)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'Batches', 'walk', 'as_function', 'decay_at', 'rate', 'Alone', 'accelerator', 'average_over', 'spent', 'share',
            'same_everywhere', 'start_together', 'as_module', 'rate_of', 'State', 'descend', 'update', 'mean_loss',
-           'aside', 'captured', 'Recorded', 'recordable', 'Fit', 'fit']
+           'aside', 'captured', 'Recorded', 'recordable', 'Fit', 'counted', 'fit']
 
 # %% ../../nbs/diffusion/23_training.ipynb #d3d0e83d
 import glob, os, time
@@ -251,11 +251,17 @@ def recordable(family, device):
 
 # %% ../../nbs/diffusion/23_training.ipynb #b68b1b7c
 class Fit(NamedTuple):
-    "What `fit` returns: steps taken, seconds spent and images seen (resumed parts included), and the curve of [step, mean loss] pairs."
+    "What `fit` returns: steps taken, seconds spent and images seen (resumed parts included), the curve of [step, mean loss] pairs, and operations for an image, there and back, counted in one step."
     steps: int
     seconds: float
     images: int
     curve: list
+    flop: float = 0.
+
+def counted(step):
+    "`step()` and the floating point operations of its products and convolutions."
+    from torch.utils.flop_counter import FlopCounterMode                     # half a second to import
+    with FlopCounterMode(display=False) as counter: return step(), counter.get_total_flops()
 
 LOG = 25   # steps between two points of the curve; on a GPU also between two looks at the loss
 
@@ -281,14 +287,17 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     keep = checkpoint and acc.is_main_process
     if keep and not resume: state.save(checkpoint)                           # a folder that cannot be written says so now, not in an hour
     get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
-    step = Recorded(state) if recordable(graph, state.trained[0].device) else descend
+    step, flop = Recorded(state) if recordable(graph, state.trained[0].device) else descend, None
+    def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
     with progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
             seconds = time.perf_counter() - began
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
-            state.recent.append(update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step))
+            if flop is None: seen = state.images; value, flop = counted(one); flop *= acc.num_processes / (state.images - seen)
+            else: value = one()
+            state.recent.append(value)
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
             if state.recent[-1].is_cuda and not (log or write): continue     # reading a loss would stall the GPU
@@ -301,4 +310,4 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     same_everywhere(acc, state.module.buffers())
     if ema:
         with torch.no_grad(): torch._foreach_copy_(state.trained, state.average)
-    return Fit(state.step, state.seconds, state.images, curve)
+    return Fit(state.step, state.seconds, state.images, curve, flop or 0.)
