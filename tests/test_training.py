@@ -92,7 +92,7 @@ def test_killed_at_random_steps_ends_with_the_same_weights(tmp_path):
         assert step % 4 == 0 and kill_at - 8 < step < steps
     resumed, fitted = train(99, steps=steps, checkpoint=file, every=4)
     unbroken, whole = train(0, steps=steps)
-    assert same(resumed, unbroken) and fitted.curve == whole.curve and fitted.images == whole.images and fitted.steps == steps
+    assert same(resumed, unbroken) and fitted.curve == whole.curve and fitted.images == whole.images and fitted.steps == steps and fitted.flop == whole.flop > 0
 
 
 def test_killed_while_writing_leaves_a_whole_checkpoint(tmp_path):

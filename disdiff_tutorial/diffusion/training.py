@@ -145,7 +145,7 @@ class State:
         for name in self.names: groups.setdefault(rate_of(name, lr), []).append(name)
         self.order = [name for names in groups.values() for name in names]   # as Adam numbers them: it changes with the rates
         self.optimiser = torch.optim.Adam([{"params": [named[k] for k in names], "full": full} for full, names in groups.items()], betas=(0.9, 0.99), fused=True)
-        self.step, self.seconds, self.images, self.curve = 0, 0., 0, []
+        self.step, self.seconds, self.images, self.flop, self.curve = 0, 0., 0, 0., []
         self.recent = []                                                     # losses since the last point of the curve
 
     def tensors(self):
@@ -159,7 +159,7 @@ class State:
         more["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available(): more["rng/cuda"] = torch.cuda.get_rng_state()
         if self.recent: more["recent"] = torch.stack(self.recent)
-        save_tensors(path, self.tensors() | more, step=self.step, seconds=self.seconds, images=self.images, curve=self.curve, order=self.order)
+        save_tensors(path, self.tensors() | more, step=self.step, seconds=self.seconds, images=self.images, flop=self.flop, curve=self.curve, order=self.order)
 
     def load(self, path):
         "Take everything from `path`; a file of another model raises one line and changes nothing."
@@ -178,6 +178,7 @@ class State:
         if "rng/cuda" in found and torch.cuda.is_available(): torch.cuda.set_rng_state(found["rng/cuda"])
         self.recent = list(found.get("recent", torch.zeros(0)).to(self.trained[0].device))
         self.step, self.seconds, self.images, self.curve = (facts[k] for k in ("step", "seconds", "images", "curve"))
+        self.flop = facts.get("flop", 0.)
         for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"): left.unlink(missing_ok=True)   # of a process killed while it wrote
 
 # %% ../../nbs/diffusion/23_training.ipynb #b5a1f7cc
@@ -251,7 +252,7 @@ def recordable(family, device):
 
 # %% ../../nbs/diffusion/23_training.ipynb #b68b1b7c
 class Fit(NamedTuple):
-    "What `fit` returns: steps taken, seconds spent and images seen (resumed parts included), the curve of [step, mean loss] pairs, and operations for an image, there and back, counted in one step."
+    "What `fit` returns: steps taken, seconds spent and images seen (resumed parts included), the curve of [step, mean loss] pairs, and operations for an image, there and back, counted in the first step."
     steps: int
     seconds: float
     images: int
@@ -287,7 +288,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     keep = checkpoint and acc.is_main_process
     if keep and not resume: state.save(checkpoint)                           # a folder that cannot be written says so now, not in an hour
     get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
-    step, flop = Recorded(state) if recordable(graph, state.trained[0].device) else descend, None
+    step = Recorded(state) if recordable(graph, state.trained[0].device) else descend
     def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
     with progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
@@ -295,8 +296,8 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
-            if flop is None: seen = state.images; value, flop = counted(one); flop *= acc.num_processes / (state.images - seen)
-            else: value = one()
+            if state.step: value = one()
+            else: value, flop = counted(one); state.flop = flop * acc.num_processes / state.images      # counting changes last bits: always at the same step
             state.recent.append(value)
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
@@ -310,4 +311,4 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     same_everywhere(acc, state.module.buffers())
     if ema:
         with torch.no_grad(): torch._foreach_copy_(state.trained, state.average)
-    return Fit(state.step, state.seconds, state.images, curve, flop or 0.)
+    return Fit(state.step, state.seconds, state.images, curve, state.flop)
