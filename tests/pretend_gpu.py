@@ -85,7 +85,7 @@ class Rewritten(TorchFunctionMode):
 @contextlib.contextmanager
 def pretend_gpu(monkeypatch):
     "A `cuda` for all that runs inside."
-    quiet = dict(_lazy_init=lambda: None, is_available=lambda: True, get_device_name=lambda *a: "pretended", synchronize=lambda *a: None, empty_cache=lambda: None,
+    quiet = dict(_lazy_init=lambda: None, is_available=lambda: True, get_device_name=lambda *a: "pretended", synchronize=lambda *a: None, empty_cache=lambda: None, reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 0,
                  get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None, manual_seed_all=lambda seed: None, manual_seed=lambda seed: None)
     for name, value in quiet.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
