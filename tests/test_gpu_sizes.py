@@ -6,7 +6,7 @@ from pretend_gpu import pretend_gpu
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 
-FEW = dict(batch=2, size=2, frozen=2, steps=2, vae_steps=2, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=4, judged=0, evaluations=2)
+FEW = dict(batch=2, size=2, frozen=2, steps=2, vae_steps=2, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, evaluations=2)
 NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
          "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/digits"]
 SIZES = {}                                                             # what was asked for at gpu, before it was cut

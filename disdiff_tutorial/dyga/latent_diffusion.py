@@ -327,12 +327,13 @@ def rooms_experiment(config, change=None, whole=False, **how):
     return record
 
 def halved(model):
-    "The state of `model` with its single-precision numbers in half precision, to save; double ones stay: variances of anchors (1e-8) would be 0."
-    return {k: v.half() if v.dtype == torch.float32 else v for k, v in model.state_dict().items()}
+    "The state of `model` to save: single-precision numbers in half precision, double ones, of anchors, in single: as halves, variances of 1e-8 would be 0."
+    lower = {torch.float32: torch.float16, torch.float64: torch.float32}
+    return {k: v.to(lower.get(v.dtype, v.dtype)) for k, v in model.state_dict().items()}
 
 def restore(model, tensors):
     "Load what `halved` gave into `model`: on the device at hand, in evaluation mode, weights held."
-    model.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()})
+    model.load_state_dict(tensors)                                       # into numbers of the model's own precision
     return model.to(device()).eval().requires_grad_(False)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #b58c9a0f

@@ -112,7 +112,7 @@ class CodePrior(nn.Module):
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #ea4a9483
 FACES = dict(
-    smoke=dict(vae_steps=15, steps=10, batch=32, prior_steps=10, width=16, samples=8, judged=0, evaluations=4),
+    smoke=dict(vae_steps=15, steps=10, batch=32, prior_steps=10, width=16, samples=16, judged=0, evaluations=4),
     cpu=dict(vae_steps=1500, steps=1500, batch=32, prior_steps=2000, width=32, samples=400, judged=200, evaluations=20),
     long=dict(vae_steps=4000, steps=5000, batch=32, prior_steps=4000, width=48, samples=1000, judged=600, evaluations=25),
     gpu=dict(vae_steps=30_000, steps=15_000, prior_steps=10_000, width=64, batch=256, side=64, samples=10_000, judged=1300, evaluations=25))
