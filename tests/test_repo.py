@@ -1,5 +1,6 @@
 "The repository as a whole: notebooks and exported code in step, contracts of imports, links, outputs that can be shown."
-import json, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
+from importlib import metadata
 from pathlib import Path
 import pytest
 from disdiff_tutorial.run import reading_order
@@ -28,6 +29,37 @@ def test_export_is_in_step(tmp_path):
 def test_imports_keep_the_layers():
     done = tool("lint-imports", cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+def closure(*names):
+    "Names of the installed distributions that `pip install` of `names`, which may end in [extra,...], brings along."
+    from packaging.requirements import Requirement
+    seen, todo = set(), [Requirement(n) for n in names]
+    while todo:
+        r = todo.pop(); key = (r.name.lower().replace("_", "-"), frozenset(r.extras))
+        if key in seen: continue
+        seen.add(key)
+        try: needs = metadata.requires(r.name) or []
+        except metadata.PackageNotFoundError: continue
+        todo += [n for n in map(Requirement, needs) if n.marker is None or any(n.marker.evaluate({"extra": e}) for e in ("", *r.extras))]
+    return {name for name, _ in seen}
+
+def unguarded(source):
+    "Packages that a cell imports whether they are there or not: outside `if` and `try`."
+    tree = ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+    todo = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split(".")[0]
+        elif not isinstance(node, (ast.If, ast.Try, ast.FunctionDef, ast.ClassDef)): todo += ast.iter_child_nodes(node)
+
+def test_notebooks_need_only_what_make_tutorial_installs():
+    "What every cell imports comes with the extras `notebooks` and `fid`: a reader's chapter once stopped for want of diffusers."
+    have, of = closure("disdiff-tutorial[notebooks,fid]"), metadata.packages_distributions()
+    for path in BOOK:
+        for cell in cells(path, "code"):
+            for package in set(unguarded("".join(cell["source"]))) - set(sys.stdlib_module_names) - {"disdiff_tutorial"}:
+                assert {d.lower().replace("_", "-") for d in of.get(package, [package])} & have, f"{name(path)} imports {package}"
 
 def test_packages_are_listed():
     listed = set(re.findall(r'"(disdiff_tutorial[\w.]*)"', re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())[1]))
