@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'require', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float', 'to_uint8',
-           'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors',
-           'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config', 'effort',
-           'Unfinished']
+           'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors', 'halved',
+           'restore', 'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config',
+           'effort', 'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
 import contextlib, dataclasses, datetime, json, math, os, platform, random, subprocess, sys, tempfile, time
@@ -133,6 +133,17 @@ def load_tensors(path):
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("facts", "{}"))
     except (SafetensorError, ValueError) as err:
         raise ValueError(f"expected {short(path)} to hold safetensors, found {err}: delete it and make it again") from err
+
+# %% ../nbs/00_core.ipynb #193b88e2
+def halved(tensors):
+    "Tensors by name for a small file: float32 as float16, float64 as float32 (as a half, a variance of 1e-8 would be 0), others as they are."
+    lower = {torch.float32: torch.float16, torch.float64: torch.float32}
+    return {k: v.to(lower.get(v.dtype, v.dtype)) for k, v in tensors.items()}
+
+def restore(model, tensors):
+    "`model` with what `halved` gave, in its own precision: on the device at hand, in evaluation mode, weights held."
+    model.load_state_dict(tensors)
+    return model.to(device()).eval().requires_grad_(False)
 
 # %% ../nbs/00_core.ipynb #9746ea21
 def progress_bar(items=None, show=True, **kw):
@@ -283,6 +294,7 @@ class Config:
         most = taken + int(max(60 * limit - seconds, 0.) * max(taken - before, 1) / max(seconds - began, 1e-9))
         return max(min(most, steps), 1)
 
+# %% ../nbs/00_core.ipynb #e128c77d
 def effort(done):
     "Steps, images, seconds, and GFLOP for an image, of a `Fit` or of a tuple of them, some of which may be None."
     fits = [f for f in (done if type(done) is tuple else (done,)) if f]               # a Fit is a named tuple

@@ -10,7 +10,7 @@ __all__ = ['NOT_A_DIGIT', 'SDE', 'SIZES', 'splits', 'Reader', 'shifted', 'read',
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import by_scale, device, load_tensors, save_tensors, seed_everything, to_float, to_uint8
+from .core import by_scale, device, halved, load_tensors, save_tensors, seed_everything, to_float, to_uint8
 from .data import files
 from .diffusion.dsm import drop_cond, dsm_loss, middle_time, v_weight
 from .diffusion.sampling import sample
@@ -99,7 +99,7 @@ def digits(config):
     measure(record, net, reader, test, sizes)
     record.looks = {f"w = {w}": to_uint8(draw(net, torch.arange(10), w, sizes["evaluations"], generator=torch.Generator().manual_seed(config.seed))) for w in (0, 1, 2)}
     weights = {f"net/{k}": v for k, v in net.state_dict().items()} | {f"reader/{k}": v for k, v in reader.state_dict().items()}
-    save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in weights.items()})
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(weights))
     return record
 
 def measure(record, net, reader, test, sizes):

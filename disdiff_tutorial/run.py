@@ -82,6 +82,8 @@ EXPERIMENTS = {                                                 # name -> functi
     "components/scenes-5": later("components.decomposition", "scenes_experiment", k=5),
     "components/faces": later("components.decomposition", "faces_experiment"),
 }
+
+# %% ../nbs/02_run.ipynb #210ca7a2
 COMPARED = {"pca": "PCA", "untrained": "untrained", "vae": "VAE", "tcvae": "beta-TCVAE", "factorvae": "FactorVAE", "lcgdm": "LCG-DM", "ivae": "iVAE", "ivae-ddpm": "iVAE + DDPM", "encdiff": "EncDiff",
             "dyga-sd": "DyGA + SD", "components": "score components"}
 EXPERIMENTS |= {f"results/{world}-{key}": later("results.tables", "comparison_experiment", method=method, world=world) for world in ("rooms", "sprites") for key, method in COMPARED.items()}

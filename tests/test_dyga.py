@@ -4,14 +4,14 @@ from pathlib import Path
 from unittest import mock
 import pytest, torch
 from torch.nn import functional as F
-from disdiff_tutorial.core import Config, load_tensors, save_tensors, to_float
+from disdiff_tutorial.core import Config, halved, load_tensors, restore, save_tensors, to_float
 from disdiff_tutorial.data.scenes import rooms
 from disdiff_tutorial.diffusion.unet import UNet
 from disdiff_tutorial.dyga.anchoring import DyGA
 from disdiff_tutorial.dyga.disdiff import won, build as build_disdiff
 from disdiff_tutorial.dyga.interpretation import Rounded, ablation_experiment, attention_maps, groups, interchange, listening, load_ablation, slerp, swapped
-from disdiff_tutorial.dyga.latent_diffusion import (ROOMS, VQGAN, Codebook, Coded, FeatureExtractor, LatentDiffusion, Lift, adaptive_weight, build, codebook_use, halved, hinge,
-                                                    load_vqgan, patch_critic, restore, vqgan_experiment)
+from disdiff_tutorial.dyga.latent_diffusion import (ROOMS, VQGAN, Codebook, Coded, FeatureExtractor, LatentDiffusion, Lift, adaptive_weight, build, codebook_use, hinge,
+                                                    load_vqgan, patch_critic, vqgan_experiment)
 
 @pytest.fixture(scope="module")
 def data(): return rooms("cpu")
@@ -131,7 +131,7 @@ def test_on_latents(x):
 
 def test_saved_anchors_keep_their_width(data, x, tmp_path):
     "In half precision variances of 1e-8 are 0, a Gaussian answers nan, and features go to wrong anchors."
-    model = anchored(data); save_tensors(tmp_path / "m.safetensors", halved(model))
+    model = anchored(data); save_tensors(tmp_path / "m.safetensors", halved(model.state_dict()))
     back = restore(LatentDiffusion(extractor(), width=16, tidy=DyGA(4, 6, "bounded", start=3, most=8), every=2), load_tensors(tmp_path / "m.safetensors")[0])
     assert all(torch.allclose(v, back.tidy.state_dict()[k], rtol=1e-6, atol=1e-12) and v.dtype == back.tidy.state_dict()[k].dtype for k, v in model.tidy.state_dict().items())
     assert load_tensors(tmp_path / "m.safetensors")[0]["extractor.trunk.0.weight"].dtype == torch.float16 and (back.encode(x) - model.encode(x)).abs().max() < .01

@@ -11,7 +11,7 @@ __all__ = ['ROOMS', 'SCENES', 'FACES', 'Encoder', 'blend', 'picture_weight', 'Co
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, device, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data import files
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import drop_cond, middle_time, uniform_time, unit
@@ -72,6 +72,7 @@ def _weights(w, k):
     require(w.shape == (k + 1,) and w.isfinite().all() and w.any(), f"{k + 1} weights, the last of the unconditional score, finite and not all 0", w.tolist(), "make them with blend")
     return w
 
+# %% ../../nbs/components/70_decomposition.ipynb #60f27b08
 class ComponentScore(nn.Module):
     """Pictures as a mean of k scores, score components (12). `encoder`: images (n, C, H, W) -> latents (n, k, dim). `net`: any net(xt, t, cond) -> eps with cond (n, dim); one for all components.
     The unconditional score is that of a vector of ones. Latents with several components travel as `cond` (n, k, dim), so that the model itself is a net for every sampler."""
@@ -140,6 +141,7 @@ class ComponentScore(nn.Module):
         try: return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *self.encoder.shape), zeta, method, steps, **kind).clamp(-1, 1)
         finally: self.train(was)
 
+# %% ../../nbs/components/70_decomposition.ipynb #12e65e33
 class OnePass(ComponentScore):
     """All k fields by one pass of a net on k times the channels that hears all latents at once, `cond` (n, k x dim): the cost hardly grows with k. But a field is no function of its own latent alone, so a component
     cannot be taken out or moved without touching the others."""
@@ -201,7 +203,7 @@ def train(config, images, held, k, apart=True, once=False, sizes=None, **how):
     measure(record, model.eval(), few[:sizes["points"]], sizes["evaluations"])
     record.looks = {"true": few[:16]} | {name: y for name, y in judged(model, few[:16], sizes["evaluations"], config.seed).items() if name != "other true pictures"}
     if j := sizes["judged"]: note_quality(record, judged(model, few[:j], sizes["evaluations"], config.seed) if at_hand() else {}, images[:: len(images) // j][:j])
-    save_tensors(config.out / f"{record.stem}.safetensors", {n: v.half() for n, v in model.state_dict().items()}, shape=list(images.shape[1:]), **kind, **sizes)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.state_dict()), shape=list(images.shape[1:]), **kind, **sizes)
     return record
 
 @torch.no_grad()
@@ -254,9 +256,7 @@ def digits_experiment(config, k=3):
 def load_model(record):
     "The model of a record, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    model = build(**facts)
-    model.load_state_dict({n: v.float() for n, v in tensors.items()})
-    return model.to(device()).eval().requires_grad_(False)
+    return restore(build(**facts), tensors)
 
 def held_out(data):
     "Images (n, C, H, W) and factors (n, varying) of the combinations that no training of this chapter has seen, and of the others."

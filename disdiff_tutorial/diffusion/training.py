@@ -134,6 +134,7 @@ def rate_of(name, lr):
     require(key is not None, f"a rate for {name}", f"rates for {', '.join(lr)}", "add one under '' for all others")
     return lr[key]
 
+# %% ../../nbs/diffusion/23_training.ipynb #a03d3578
 class State:
     "All that a training needs to go on: module, average, optimiser, random state, step, seconds, images, curve; in one safetensors file."
     def __init__(self, module, lr=1.):
@@ -264,6 +265,7 @@ def counted(step):
     from torch.utils.flop_counter import FlopCounterMode                     # half a second to import
     with FlopCounterMode(display=False) as counter: return step(), counter.get_total_flops()
 
+# %% ../../nbs/diffusion/23_training.ipynb #68a0e3aa
 LOG = 25   # steps between two points of the curve; on a GPU also between two looks at the loss
 
 def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, clip=1., ema=0.999, checkpoint=None, every=1000, progress=True, graph=None):

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, load_tensors, require, save_tensors, seed_everything, to_float
+from ..core import by_scale, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float
 from ..data.scenes import rooms
 from ..diffusion.dsm import T_MIN, dsm_loss, middle_time, v_weight
 from ..diffusion.sde import VPSDE, like
 from ..diffusion.training import fit
 from ..diffusion.unet import AdaGN, UNet, zero
 from .interpretation import TIDY
-from .latent_diffusion import FeatureExtractor, LatentDiffusion, halved, look, note_scores, restore
+from .latent_diffusion import FeatureExtractor, LatentDiffusion, look, note_scores
 from .skip_dropout import SkipDropout
 
 # %% ../../nbs/dyga/65_disdiff.ipynb #2d50de76
@@ -164,7 +164,7 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     for name, value in zip(("rounds won by what moved", "rounds won by what came nearer", "noise error relative to the frozen net"), won(model, x, config.seed)): record.add(name, value, len(x), "draws of the training grid")
     look(record, model, data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", halved(model), **how)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.state_dict()), **how)
     return record
 
 def load_disdiff(record):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VQ', 'VQ_SCENES', 'ROOMS', 'SCENES', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic',
            'hinge', 'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor',
-           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'rooms_experiment', 'halved', 'restore', 'Coded', 'look',
-           'note_scores', 'judge_units', 'load_model']
+           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'rooms_experiment', 'Coded', 'look', 'note_scores',
+           'judge_units', 'load_model']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, device, judged_later, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, device, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
@@ -161,7 +161,7 @@ class VQGAN(nn.Module):
     def from_tensors(cls, tensors, facts):
         "The autoencoder, in evaluation mode, from what `tensors` and `facts` gave."
         model = cls(**facts)
-        model.load_state_dict(model.state_dict() | {k: v.float() for k, v in tensors.items()})
+        model.load_state_dict(model.state_dict() | tensors)
         return model.eval().requires_grad_(False)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #32b0b407
@@ -182,7 +182,7 @@ def vqgan_experiment(config, whole=False):
     used, perplexity = codebook_use(who, sizes["size"])
     record.add("mean absolute error, grey levels of 255", (y - to_float(x)).abs().mean() * 127.5, len(x), "fresh draws of the training grid")
     record.add("entries in use", used, len(x), "fresh draws of the training grid"); record.add("perplexity", perplexity, len(x), "fresh draws of the training grid")
-    save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() for k, v in model.tensors().items()}, **model.facts)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.tensors()), **model.facts)
     return record
 
 def load_vqgan(record):
@@ -323,18 +323,8 @@ def rooms_experiment(config, change=None, whole=False, **how):
     record.curves["loss"], record.images = done.curve, done.images
     look(record, model.eval(), data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", halved(model), **sizes, **how)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.state_dict()), **sizes, **how)
     return record
-
-def halved(model):
-    "The state of `model` to save: single-precision numbers in half precision, double ones, of anchors, in single: as halves, variances of 1e-8 would be 0."
-    lower = {torch.float32: torch.float16, torch.float64: torch.float32}
-    return {k: v.to(lower.get(v.dtype, v.dtype)) for k, v in model.state_dict().items()}
-
-def restore(model, tensors):
-    "Load what `halved` gave into `model`: on the device at hand, in evaluation mode, weights held."
-    model.load_state_dict(tensors)                                       # into numbers of the model's own precision
-    return model.to(device()).eval().requires_grad_(False)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #b58c9a0f
 class Coded(FactorData):

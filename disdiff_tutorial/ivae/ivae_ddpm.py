@@ -9,7 +9,7 @@ __all__ = ['ROOMS', 'SCENES', 'MODELS', 'centred', 'Told', 'check_code', 'Added'
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #5f3c88d9
 import torch
 from torch import nn
-from ..core import by_scale, device, judged_later, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import T_MIN, drop_cond, dsm_loss, middle_time, uniform_time, unit, v_weight
 from ..diffusion.sampling import sample
@@ -135,7 +135,7 @@ def rooms_experiment(config, model="iVAE + DDPM", whole=False):
     tables = seen(net.encode, data, sizes["points"], config.seed)
     if judged_later(): record.wait("ivae", tables)
     else: judge_codes(record, tables)
-    save_tensors(config.out / f"{record.stem}.safetensors", {k: v.half() for k, v in net.state_dict().items()}, model=model, shape=list(data.shape), aux=aux, **sizes)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(net.state_dict()), model=model, shape=list(data.shape), aux=aux, **sizes)
     return record
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #03521b23
@@ -169,9 +169,7 @@ def load_rooms(record):
     "The model of a record, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
     how = dict(MODELS[facts["model"]]); how.pop("aux", None)
-    net = build(facts["shape"], facts["aux"], facts["width"], facts["cnn"], stem=facts.get("stem", 2), **how)
-    net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return net.to(device()).eval().requires_grad_(False)
+    return restore(build(facts["shape"], facts["aux"], facts["width"], facts["cnn"], stem=facts.get("stem", 2), **how), tensors)
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #27903b2f
 @torch.no_grad()

@@ -193,6 +193,7 @@ def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=Fals
     model.save(config.out / f"{record.stem}.safetensors")
     return record
 
+# %% ../../nbs/lcgdm/41_latent_guidance.ipynb #c8034e63
 @torch.no_grad()
 def measure(record, model, data, sizes):
     "Note scores of the code, and fit, obedience, FID and KID of samples: encoded, prior, without code, and FactorVAE's own drawings."

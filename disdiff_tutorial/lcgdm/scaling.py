@@ -9,7 +9,7 @@ __all__ = ['DIGITS', 'ASKED', 'FACES', 'spread', 'cell', 'loudest', 'readings', 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #580ea907
 import torch
 from torch import nn
-from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, device, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data import files
 from ..diffusion.dsm import dsm_loss
 from ..diffusion.sampling import sample
@@ -156,7 +156,7 @@ def faces_experiment(config, data="lfw"):
     record.images = first.images + sum(s.images for s in stages)
     compare(record, model.eval(), prior, train, test, sizes)
     model.save(config.out / f"{record.stem}.safetensors")
-    save_tensors(config.out / f"{record.stem}-prior.safetensors", {k: v.half() for k, v in prior.state_dict().items()}, codes=model.codes)
+    save_tensors(config.out / f"{record.stem}-prior.safetensors", halved(prior.state_dict()), codes=model.codes)
     return record
 
 @torch.no_grad()
@@ -173,5 +173,4 @@ def compare(record, model, prior, train, test, sizes):
 def load_prior(record):
     "The learned prior over codes of a record."
     tensors, facts = load_tensors(record.file("-prior.safetensors"))
-    prior = CodePrior(facts["codes"]); prior.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return prior.to(device()).eval()
+    return restore(CodePrior(facts["codes"]), tensors)
