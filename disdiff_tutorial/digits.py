@@ -94,7 +94,7 @@ def digits(config):
     reader = train_reader(images, labels, sizes["reader_steps"])
     record, net = config.record(data=train.name, drop=0.2, lr=2e-3, **sizes), build(sizes["width"]).to(where)
     loss = lambda x, y: dsm_loss(net, to_float(x), SDE, drop_cond(one_hot(y), net.null, record.config["drop"]), weighting=v_weight, time=middle_time)
-    done = config.train("net", lambda **kind: fit(loss, net, Batches(images, labels, size=sizes["batch"], seed=config.seed), lr=record.config["lr"], **kind), sizes["steps"])
+    done = config.train("net", lambda **kind: fit(loss, net, Batches(images, labels, size=sizes["batch"], seed=config.seed), lr=record.config["lr"], graph="digits", **kind), sizes["steps"])
     record.images, record.curves["loss"] = done.images, done.curve
     measure(record, net, reader, test, sizes)
     record.looks = {f"w = {w}": to_uint8(draw(net, torch.arange(10), w, sizes["evaluations"], generator=torch.Generator().manual_seed(config.seed))) for w in (0, 1, 2)}

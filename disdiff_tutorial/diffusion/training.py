@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['LOG', 'Batches', 'walk', 'as_function', 'decay_at', 'rate', 'Alone', 'accelerator', 'average_over', 'spent', 'share',
            'same_everywhere', 'start_together', 'as_module', 'rate_of', 'State', 'descend', 'update', 'mean_loss',
-           'aside', 'captured', 'Recorded', 'recordable', 'Fit', 'counted', 'fit']
+           'aside', 'captured', 'Recorded', 'recordable', 'merged', 'Fit', 'counted', 'fit', 'side_by_side']
 
 # %% ../../nbs/diffusion/23_training.ipynb #d3d0e83d
-import glob, os, time
+import contextlib, glob, os, time
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn
 from ..core import load_tensors, progress_bar, require, save_tensors, short
+from .unet import UNet
 
 # %% ../../nbs/diffusion/23_training.ipynb #53ab6686
 class Batches:
@@ -247,9 +248,20 @@ class Recorded:
         for mine, x in zip(self.batch, batch): mine.copy_(x)
         return self.play().clone()
 
-def recordable(family, device):
-    "Whether steps of this `family` are recorded: on a GPU, by one process, and if `DISDIFF_GRAPHS`, names with commas between, has it."
-    return device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and family in os.environ.get("DISDIFF_GRAPHS", "").split(",")
+def recordable(family, device, names="DISDIFF_GRAPHS"):
+    "Whether steps of this `family` are recorded: on a GPU, by one process, and if `DISDIFF_GRAPHS`, or another variable that holds names with commas between, has it."
+    return device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and family in os.environ.get(names, "").split(",")
+
+# %% ../../nbs/diffusion/23_training.ipynb #9574f5a0
+@contextlib.contextmanager
+def merged(nets):
+    "Inside, the layers of each `UNet` of a list run compiled. What was compiled stays beside the net, for the next time."
+    for net in nets:
+        if "compiled" not in vars(net): vars(net)["compiled"] = torch.compile(net.layers, dynamic=False)       # a new size of batch is compiled anew
+        vars(net)["layers"] = vars(net)["compiled"]
+    try: yield
+    finally:
+        for net in nets: del vars(net)["layers"]
 
 # %% ../../nbs/diffusion/23_training.ipynb #b68b1b7c
 class Fit(NamedTuple):
@@ -277,7 +289,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     `checkpoint`: a file, written at the start, every `every` steps and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
     gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays.
-    `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`."""
+    `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`, and U-Nets compiled where `DISDIFF_COMPILE` names it."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
     require(all(0 <= x < float("inf") for x in (lr.values() if isinstance(lr, dict) else [lr])), "learning rates of 0 or more", lr, "a negative one climbs")
@@ -290,16 +302,18 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     keep = checkpoint and acc.is_main_process
     if keep and not resume: state.save(checkpoint)                           # a folder that cannot be written says so now, not in an hour
     get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
-    step = Recorded(state) if recordable(graph, state.trained[0].device) else descend
+    where = state.trained[0].device
+    step = Recorded(state) if recordable(graph, where) else descend
+    nets = [m for m in state.module.modules() if isinstance(m, UNet)] if recordable(graph, where, "DISDIFF_COMPILE") else []
     def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
-    with progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
+    with merged(nets), progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
             seconds = time.perf_counter() - began
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
             if state.step: value = one()
-            else: value, flop = counted(one); state.flop = flop * acc.num_processes / state.images      # counting changes last bits: always at the same step
+            else: value, flop = counted(one); state.flop = flop * acc.num_processes / state.images      # counting changes last bits, and nothing is compiled: always at the same step
             state.recent.append(value)
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
@@ -314,3 +328,16 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     if ema:
         with torch.no_grad(): torch._foreach_copy_(state.trained, state.average)
     return Fit(state.step, state.seconds, state.images, curve, state.flop)
+
+# %% ../../nbs/diffusion/23_training.ipynb #0b4254f2
+def side_by_side(losses):
+    "The sum of losses that share no parameters, as one loss; on a GPU each runs on a stream of its own, there and back."
+    def loss(*batch):
+        if not batch[0].is_cuda: return sum(f(*batch) for f in losses)
+        main, streams, values = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in losses], []
+        for stream, f in zip(streams, losses):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream): values.append(f(*batch))
+        for stream in streams: main.wait_stream(stream)
+        return sum(values)
+    return loss

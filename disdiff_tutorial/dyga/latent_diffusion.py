@@ -276,7 +276,7 @@ class LatentDiffusion(nn.Module):
             if self.every and taken and taken % self.every == 0: self.reselect(batches, -(-pool // size))
             self.steps += 1
             return self.loss(x)
-        return fit(loss, self, batches, steps=steps, lr=lr, graph="units" if type(self) is LatentDiffusion and not self.every else None, **kind)      # anchors are selected on the host
+        return fit(loss, self, batches, steps=steps, lr=lr, graph="units" if type(self) is LatentDiffusion and not self.every else "anchored", **kind)      # anchors are selected on the host, which cannot be recorded
 
     @torch.no_grad()
     def reselect(self, batches, count):

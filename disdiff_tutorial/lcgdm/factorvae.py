@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SQUARES', 'DSPRITES', 'HIDDEN', 'squares', 'kl_to_prior', 'log_normal', 'gaussian_tc', 'permuted', 'mlp',
            'critic', 'critic_loss', 'log_weights', 'batch_tc', 'convolutions', 'layers', 'Terms', 'VAE', 'BetaVAE',
            'BetaTCVAE', 'held', 'FactorVAE', 'pack', 'unpack', 'mixture_tc', 'dear_first', 'contenders', 'printed',
-           'learn', 'judge', 'squares_experiment', 'load_autoencoders']
+           'learn', 'learn_together', 'judge', 'one_by_one', 'at_once', 'squares_experiment', 'load_autoencoders']
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #c5dbd805
 import math
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
 from ..data.factors import Reduced
 from ..data.sprites import Sprites
-from ..diffusion.training import Batches, fit, recordable
+from ..diffusion.training import Batches, fit, recordable, side_by_side
 from ..metrics.disentanglement import factorvae_score, mig
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #7c118167
@@ -47,7 +47,7 @@ def gaussian_tc(cov):
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #66c01081
 def permuted(z):
     "Each column of codes (n, d) shuffled on its own: draws from the product of the marginals."
-    return torch.stack([column[torch.randperm(len(z), device=z.device)] for column in z.T], 1)
+    return z.gather(0, torch.rand(z.shape, device=z.device).argsort(0))
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #be1dab5b
 def mlp(sizes, activation=nn.ReLU):
@@ -64,16 +64,16 @@ def critic_loss(critic, z, shuffled):
     return (F.softplus(-critic(z)).mean() + F.softplus(critic(shuffled)).mean()) / 2
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #12e9d99a
-def log_weights(m, n, stratified=False):
+def log_weights(m, n, stratified=False, device=None):
     "log of the weight of each picture of the batch (columns) for each code (rows): (m, m). Weighted: 1 / (n m). Stratified: own picture 1 / n, one other (n - m + 1) / (n (m - 1)), the rest 1 / (m - 1)."
     require(n >= m > 1 + stratified, f"a data set of n pictures with a batch of {2 + stratified} to n", f"n = {n}, batch {m}", "say how large the data set is")
-    if not stratified: return torch.full((m, m), -math.log(n * m))
-    own, other = torch.eye(m, dtype=torch.bool), torch.eye(m, dtype=torch.bool).roll(1, 1)
+    if not stratified: return torch.full((m, m), -math.log(n * m), device=device)
+    own = torch.eye(m, dtype=torch.bool, device=device); other = own.roll(1, 1)
     return torch.where(own, 1 / n, torch.where(other, (n - m + 1) / (n * (m - 1)), 1 / (m - 1))).log()
 
 def batch_tc(z, mean, logvar, n, stratified=False):
     "Total correlation in nats by the codes z (m, d) of a batch and its normals, drawn from `n` pictures: beta-TCVAE's estimate."
-    l, w = log_normal(z, mean, logvar), log_weights(len(z), n, stratified).to(z)
+    l, w = log_normal(z, mean, logvar), log_weights(len(z), n, stratified, z.device).to(z)
     return ((l.sum(2) + w).logsumexp(1) - (l + w[:, :, None]).logsumexp(1).sum(1)).mean()
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #24b00d93
@@ -241,7 +241,6 @@ def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule
     many = round(size / getattr(model, "share", 1))
     where = next(model.parameters()).device
     batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data.to(where), size=many, seed=seed)
-    family = None if isinstance(model, BetaTCVAE) else "autoencoders"                              # its weights are made on the host
     def at(step):
         if not schedule: return batches(step)
         model.kl_weight, model.tc_weight = schedule(step / steps)
@@ -251,10 +250,16 @@ def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule
     def loss(x, *rest):
         model.kl_weight, model.tc_weight = rest[-1]
         return model.loss(x)
-    record = schedule and recordable(family, where)
-    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr, "critic": critic_lr}, clip=math.inf, ema=0, graph=family, **kind)
+    record = schedule and recordable("autoencoders", where)
+    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr, "critic": critic_lr}, clip=math.inf, ema=0, graph="autoencoders", **kind)
     if record: model.kl_weight, model.tc_weight = schedule(1.)
     return done
+
+def learn_together(models, data, steps, size=64, seed=0, lr=1e-4, **kind):
+    "Train several autoencoders side by side on the same batches of a `FactorData`, each as `learn` would without a schedule, critics at the rate `lr` too. Returns one `Fit`."
+    alone = lambda model: lambda x, *_: model.loss(x if hasattr(model, "share") else x[:size])            # a critic asks for more pictures
+    many = max(round(size / getattr(model, "share", 1)) for model in models)
+    return fit(side_by_side([alone(model) for model in models]), nn.ModuleList(models), data.batches(many, seed), steps=steps, lr=lr, clip=math.inf, ema=0, graph="together", **kind)
 
 @torch.no_grad()
 def judge(model, data, points, seed=0):
@@ -266,22 +271,34 @@ def judge(model, data, points, seed=0):
     return {"MIG": mig(model.encode(x), f), "FactorVAE score": score, "reconstruction": t.reconstruction.item(), "KL": t.kl.item(), "TC": tc}
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #0f47afeb
+def one_by_one(config, data, models, sizes, rates):
+    "Train `models`, {name: (build, schedule)}, one after the other; yields name, autoencoder and `Fit` of each."
+    for name, (build, schedule) in models.items():
+        seed_everything(config.seed)
+        model = build().to(data.device)
+        yield name, model, config.train(name, lambda steps, **kind: learn(model, data, steps, sizes["size"], config.seed, schedule=schedule, **rates, **kind), sizes["steps"])
+
+def at_once(config, data, models, sizes, rates):
+    "The same side by side, without schedules, in one training."
+    seed_everything(config.seed)
+    made = {name: build().to(data.device) for name, (build, _) in models.items()}
+    done = config.train("together", lambda steps, **kind: learn_together(list(made.values()), data, steps, sizes["size"], config.seed, rates["lr"], **kind), sizes["steps"])
+    for name, model in made.items(): yield name, model, done
+
 def squares_experiment(config, whole=False):
-    "Autoencoders on squares, or on the `whole` of dSprites with the published networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
+    "Autoencoders on squares, or side by side on the `whole` of dSprites with the published networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
     sizes, data, tensors, facts = config.sizes(**(DSPRITES if whole else SQUARES)), Sprites(64) if whole else squares(), {}, {}
     rates, models = (dict(lr=1e-4, critic_lr=1e-4), printed(data.shape, len(data))) if whole else (dict(lr=1e-3, critic_lr=2e-3), contenders(data.shape))
     betas = dict(beta_VAE=10., beta_TCVAE=10.) if whole else dict(beta_VAE=4., beta_TCVAE=6.)
     record = config.record(hidden=None if whole else list(HIDDEN), **rates, **betas, gamma=20., **sizes)
-    for name, (build, schedule) in models.items():
-        seed_everything(config.seed)
-        model = build().to(data.device)
-        done = config.train(name, lambda steps, **kind: learn(model, data, steps, sizes["size"], config.seed, schedule=schedule, **rates, **kind), sizes["steps"])
+    for name, model, done in (at_once if whole else one_by_one)(config, data, models, sizes, rates):
         counts = {"FactorVAE score": min(sizes["points"], 1000), "TC": min(sizes["points"], 2000), "seconds": 1}
-        for key, value in (judge(model.eval(), data, sizes["points"], config.seed) | {"seconds": done.seconds}).items():
+        for key, value in (judge(model.eval(), data, sizes["points"], config.seed) | ({} if whole else {"seconds": done.seconds})).items():
             record.add(f"{key}, {name}", value, counts.get(key, sizes["points"]), "measured" if key == "seconds" else "fresh draws of the training grid")
-        record.curves[name], record.images = done.curve, record.images + done.images
+        record.curves["together" if whole else name] = done.curve
         packed, facts[name] = pack(model)
         tensors |= {f"{name}/{k}": v for k, v in packed.items()}
+    record.images = sum(t["images"] for t in config.trainings.values())
     save_tensors(config.out / f"{record.stem}.safetensors", tensors, **facts)
     return record
 
