@@ -306,14 +306,16 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     step = Recorded(state) if recordable(graph, where) else descend
     nets = [m for m in state.module.modules() if isinstance(m, UNet)] if recordable(graph, where, "DISDIFF_COMPILE") else []
     def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
-    with merged(nets), progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
+    with contextlib.ExitStack() as inside, progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:
             seconds = time.perf_counter() - began
             state.seconds = before + seconds
             done, stop = spent(state, steps, minutes, seconds, acc)
             if stop: break
-            if state.step: value = one()
-            else: value, flop = counted(one); state.flop = flop * acc.num_processes / state.images      # counting changes last bits, and nothing is compiled: always at the same step
+            if not state.step: value, flop = counted(one); state.flop = flop * acc.num_processes / state.images      # counting changes last bits: always at the same step
+            else:
+                if nets: inside.enter_context(merged(nets)); nets = []           # not before: torch gives up compiling what it first meets while it counts
+                value = one()
             state.recent.append(value)
             bar.update()
             log, write = state.step % LOG == 0, keep and state.step % every == 0
