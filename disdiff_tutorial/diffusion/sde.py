@@ -18,7 +18,7 @@ def like(t, x):
 
 def check_time(t):
     "Raise unless all times lie in [0, 1]. Not checked on a GPU, where reading them would stall every step."
-    require(isinstance(t, torch.Tensor), "times as a tensor", repr(t), "use torch.tensor(t)")
+    require(isinstance(t, torch.Tensor), "times as a tensor", type(t).__name__, "use torch.tensor(t)")
     if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
         require(False, "times t in [0, 1]", f"{t.min():.3g} to {t.max():.3g}", "divide steps by their number")
 

@@ -203,7 +203,7 @@ def measure(record, model, data, sizes):
     n = max(sizes["samples"], sizes["judged"] if at_hand() else 0)
     g = torch.Generator().manual_seed(record.seed)
     x, other, truth = (data.sample(n, g)[0] for _ in range(3))
-    table = getattr(data, "table", other)                             # all pictures of the world, or a part of it where they are too many
+    table = data.table if hasattr(data, "table") else data.sample(10_000, g)[0]                # all pictures of the world, or a part of it where they are too many
     drawn = draw_all(model, model.draw_codes(x), model.prior(n, g), g, sizes["evaluations"])
     few, record.looks = slice(sizes["samples"]), {"true": x[:16]} | {name: y[:16] for name, y in drawn.items()}
     for name, y in drawn.items():
