@@ -287,8 +287,12 @@ class Config:
         return done
 
     def affordable(self, part, fit, steps, limit):
-        "As many of `steps` as fit into `limit` minutes. The training begins in earnest: a twentieth of the time to get going, a tenth to read its speed, while its learning rate is the same for any number of steps."
-        early, later = (effort(fit(steps=steps, minutes=limit / k, checkpoint=self.resume(part))) for k in (20, 10))
+        """As many of `steps` as fit into `limit` minutes. The training begins in earnest: a twentieth of the time to get going, a tenth to read its speed, while its learning rate is the same for any number of steps.
+        It is not under way before it has taken ten steps: the second may be compiled, for a minute."""
+        def some(share): return effort(fit(steps=steps, minutes=share * limit, checkpoint=self.resume(part)))
+        last, early = -1, some(1 / 20)
+        while last < early["steps"] < min(10, steps): last, early = early["steps"], some(1 / 20)
+        later = some(1 / 10)
         (before, began), (taken, seconds) = ((e["steps"], e["seconds"]) for e in (early, later))
         if taken >= steps: return steps
         most = taken + int(max(60 * limit - seconds, 0.) * max(taken - before, 1) / max(seconds - began, 1e-9))

@@ -1,5 +1,5 @@
 """A GPU that is not there: tensors that say they live on `cuda` and compute on the CPU. What a GPU forbids fails here too: an operation on tensors of both kinds, a draw on it from a
-generator of the CPU, `.numpy()` of a tensor on it, operands of two types under autocast. It says nothing about speed, recorded graphs or rounding."""
+generator of the CPU, `.numpy()` of a tensor on it, operands of two types under autocast; and, in a step that is recorded, any look at a number and any copy to or from the CPU. It says nothing about speed or rounding."""
 import contextlib
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,20 @@ CUDA, CPU, aten = torch.device("cuda", 0), torch.device("cpu"), torch.ops.aten
 CROSSING = {aten.copy_, aten._to_copy, aten._foreach_copy_}                         # take tensors of both devices
 PLACES = {aten.index, aten.index_put, aten.index_put_}                              # may have places from the CPU
 JOINING = {aten.cat, aten.stack}                                                    # not even numbers, tensors without dimensions, from the CPU
+LOOKS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select}              # need numbers on the CPU: forbidden while recording
 INNER = {F.one_hot, torch._C._nn.pad_sequence, torch.quantile}                      # inside, C++ makes tensors on the device that it sees
+
+class Recording:
+    "Whether a step is being recorded."
+    on = False
+    @classmethod
+    @contextlib.contextmanager
+    def set(cls, on):
+        before, cls.on = cls.on, on
+        try: yield
+        finally: cls.on = before
+
+def forbidden(what): raise RuntimeError(f"expected a step that leaves its numbers on the GPU while it is recorded, found {what}")
 
 class Pretended(torch.Tensor):
     "`inner`, a tensor on the CPU, dressed as one on a GPU. Python sees a GPU, torch's C++ the CPU."
@@ -27,7 +40,9 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return compute(func, args, kwargs or {})
     def __format__(self, how): return format(self.item() if self.ndim == 0 else str(self), how)
-    def __repr__(self): return f"pretended {self.inner!r}"
+    def __repr__(self):
+        if Recording.on: forbidden("a tensor written as text")
+        return f"pretended {self.inner!r}"
 
 def has(kind, *trees): return any(isinstance(x, kind) for x in tree_flatten(trees)[0])
 
@@ -38,9 +53,15 @@ def stranger(func, args, kwargs):
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and not isinstance(x, Pretended)]
     return next((x for x in tensors if x.ndim or func.overloadpacket in JOINING), None)
 
+def crosses(args, kwargs):
+    "Whether an operation takes tensors of both devices, or takes one to the other."
+    kinds = {isinstance(x, Pretended) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.ndim}
+    return len(kinds) > 1 or kinds == {False} and "cuda" in str(kwargs.get("device"))
+
 def compute(func, args, kwargs):
     "One operation, on the inner tensors; what it makes is pretended where an operand is, or where `device` says so."
     if (other := stranger(func, args, kwargs)) is not None: raise RuntimeError(f"expected tensors on one device, found cuda and cpu {tuple(other.shape)} in {func}")
+    if Recording.on and (func.overloadpacket in LOOKS or func.overloadpacket in CROSSING and crosses(args, kwargs)): forbidden(func)
     cuda = has(Pretended, args, kwargs) or "cuda" in str(kwargs.get("device"))      # beside a pretended one, C++ writes "cpu" and means its device
     leaves, tree = tree_flatten((args, kwargs))
     for g in leaves:
@@ -79,14 +100,27 @@ class Rewritten(TorchFunctionMode):
         if func is torch.Tensor.cpu: return to(args[0], CPU)
         if func is torch.Tensor.tolist: return to(args[0], CPU).tolist()
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None: return to(func(*args, **kwargs | {"device": None}), kwargs["device"])
-        if func in INNER and has(Pretended, args): return Pretended(func(*tree_map_only(Pretended, lambda x: x.inner, args), **kwargs))
+        if func in INNER and has(Pretended, args):
+            with Recording.set(False): return Pretended(func(*tree_map_only(Pretended, lambda x: x.inner, args), **kwargs))       # on a GPU it does not look
         return func(*args, **kwargs)
+
+def captured(step):
+    "A recorded step that is run each time, as strictly as it would be recorded."
+    def play():
+        with Recording.set(True): return step()
+    return play
+
+class Stream:
+    "A queue that is no other than the one there is."
+    def wait_stream(self, other): pass
 
 @contextlib.contextmanager
 def pretend_gpu(monkeypatch):
     "A `cuda` for all that runs inside."
+    from disdiff_tutorial.diffusion import training
+    monkeypatch.setattr(training, "captured", captured); monkeypatch.setattr(training, "aside", lambda step: step())
     quiet = dict(_lazy_init=lambda: None, is_available=lambda: True, get_device_name=lambda *a: "pretended", synchronize=lambda *a: None, empty_cache=lambda: None, reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 0,
-                 get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None, manual_seed_all=lambda seed: None, manual_seed=lambda seed: None)
+                 get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None, manual_seed_all=lambda seed: None, manual_seed=lambda seed: None, Stream=Stream, current_stream=Stream, stream=lambda s: contextlib.nullcontext())
     for name, value in quiet.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)             # a parameter that moves becomes another one: they can't change their clothes

@@ -1,4 +1,4 @@
-"The networks, data and files of scale `gpu`, on a GPU that is pretended: two steps on batches of two, then everything that follows training; and the plans of data/plans."
+"The networks, data and files of scale `gpu`, on a GPU that is pretended: five steps on batches of two, then everything that follows training; and the plans of data/plans."
 import json
 import pytest
 import torch
@@ -6,7 +6,7 @@ from pretend_gpu import pretend_gpu
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 
-FEW = dict(batch=2, size=2, frozen=2, steps=2, vae_steps=2, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, evaluations=2)
+FEW = dict(batch=2, size=2, frozen=2, steps=5, vae_steps=5, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, evaluations=2)
 NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
          "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/digits"]
 SIZES = {}                                                             # what was asked for at gpu, before it was cut
@@ -22,6 +22,7 @@ def small(monkeypatch, tmp_path):
         return sizes | few | ({"few": True} if "hidden" in sizes else {})                 # not the codes of 480,000 pictures
     monkeypatch.setattr(core.Config, "sizes", sizes)
     monkeypatch.setenv("DISDIFF_DATA", str(tmp_path / "data")); monkeypatch.setenv("DISDIFF_LATER", "1")
+    monkeypatch.setenv("DISDIFF_GRAPHS", ",".join(f for f in runner.FAMILIES if f != "anchored"))        # the fourth step is recorded
     SIZES.clear()
 
 @pytest.mark.parametrize("name", NAMES)
