@@ -60,7 +60,7 @@ def test_first_plan_runs_at_smoke_and_comes_home(tmp_path):
     assert len(pieces) <= 8 and all(p.stat().st_size < 16e6 for p in pieces)
     runner.main(["unpack", str(tmp_path / "home"), "--out", str(tmp_path / "here")])
     stems = {p.stem for p in (tmp_path / "here").glob("*.json")}
-    assert len(stems) == 4 and all((tmp_path / "here" / f"{s}{e}").exists() for s in stems for e in (".png", ".safetensors"))
+    assert len(stems) == 5 and all((tmp_path / "here" / f"{s}{e}").exists() for s in stems for e in (".safetensors",))
 
 def test_recorded_steps_train_alike(monkeypatch):
     "FactorVAE with a schedule, its steps recorded or not (a CPU records nothing, so replays are pretended): the same weights."

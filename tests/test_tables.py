@@ -83,12 +83,16 @@ def test_a_record_made_here_replaces_the_shipped_one_of_its_seed(tmp_path, found
     new = {r.seed: r for r in T.at_hand()["dyga/rooms-dyga"]}
     assert set(new) == set(old) and T.reading(new[0], "DCI disentanglement, hist")[0] == .123
 
-def test_the_first_answer_with_a_record_counts(tmp_path):
-    "LCG-DM's row is answered by the squares until somebody trains on all of dSprites."
-    assert T.own("lcgdm", 1, "LCG-DM / encoded", "MIG").way.experiment == "lcgdm/sprites"
-    record("lcgdm/dsprites", "gpu", 0, **{"MIG": .3, "FactorVAE score": .8, "FID, encoded": 2., "FID, prior": 2., "FID, no code": 2.}).save(tmp_path / "runs")
-    o = T.own("lcgdm", 1, "LCG-DM / encoded", "MIG")
-    assert (o.way.experiment, o.scale, o.spread) == ("lcgdm/dsprites", "gpu", None)
+def test_the_first_answer_with_a_record_counts(tmp_path, found):
+    "LCG-DM's row is answered by all of dSprites where there is a record of it, by the squares where not; a note says how a training was shortened."
+    small = {k: v for k, v in found.items() if k != "lcgdm/dsprites"}
+    assert T.own("lcgdm", 1, "LCG-DM / encoded", "MIG", found=small).way.experiment == "lcgdm/sprites"
+    large = record("lcgdm/dsprites", "gpu", 0, **{"MIG": .3, "FactorVAE score": .8})
+    for cut, says in ((None, "dSprites"), ({"net": [300, 20_000]}, "dSprites, shortened: net, 300 of 20,000 steps")):
+        if cut: large.config["cut"] = cut
+        o = T.own("lcgdm", 1, "LCG-DM / encoded", "MIG", found=small | {"lcgdm/dsprites": [large]})
+        assert (o.value, o.scale, o.spread) == (.3, "gpu", None) and o.way.note.endswith(says)
+    assert T.own("lcgdm", 1, "LCG-DM / encoded", "FID", found=small | {"lcgdm/dsprites": [large]}).way.experiment != "lcgdm/dsprites"       # it has none
 
 def test_reasons_stand_where_no_number_does(found):
     assert T.own("lcgdm", 1, "ID-GAN", "MIG", found=found) == "not built: a GAN" and T.own("lcgdm", 1, "VAE", "FID", found=found) == "no record"

@@ -83,7 +83,7 @@ class Way(NamedTuple):
     note: str
 
 def ways(listed=None, found=None):
-    "The rows of own.csv (or of `listed` dicts), each checked: the cell is published, the experiment known, its metric in one of its records `found`, if it has any."
+    "The rows of own.csv (or of `listed` dicts), each checked: the cell is published, the experiment known, its metric in a record `found` of it or of its kin, if there is any."
     listed, found, printed, out = rows("own") if listed is None else listed, at_hand() if found is None else found, {}, []
     for way in (Way(**r) for r in listed):
         key, at = (way.paper, way.table), f"{way.paper} {way.table}, {way.row}, {way.column}"
@@ -92,7 +92,7 @@ def ways(listed=None, found=None):
         require(not cells or any(way.row in (r, "*") and way.column in (c, "*") for r, c in cells), "a published cell", at, "compare own.csv with tables.csv")
         require(bool(way.experiment) == bool(way.metric) and (way.experiment or way.note), "an experiment and a metric, or a note", at, "complete the row of own.csv")
         require(not way.experiment or way.experiment in EXPERIMENTS, "an experiment that run knows", f"{way.experiment!r} for {at}", "see `disdiff list`")
-        known = found.get(way.experiment, [])
+        known = [r for name, rs in found.items() if name.split("/")[0] == way.experiment.split("/")[0] for r in rs]      # a shortened run may lack what its kin have
         require(not known or any(reading(r, way.metric) for r in known), f"a metric of {way.experiment}", f"{way.metric!r} for {at}", "look into its records")
         out.append(way)
     return out
@@ -119,7 +119,8 @@ def own(paper, number, row, column, listed=None, found=None):
         values, largest = [seen[0] for _, seen in here], column.endswith("/ max")
         spread = None if largest or len(values) < 2 or here[0][1][1] is None else statistics.stdev(values)
         links = [f"{published_at['settings']['git_url']}/blob/main/data/records/{r.stem}.json" for r, _ in here]
-        return Own(max(values) if largest else statistics.mean(values), spread, [r.seed for r, _ in here], *here[0][1][1:], here[0][0].scale, way, links)
+        less = "; ".join(f"{part}, {a:,} of {b:,} steps" for part, (a, b) in here[0][0].config.get("cut", {}).items())
+        return Own(max(values) if largest else statistics.mean(values), spread, [r.seed for r, _ in here], *here[0][1][1:], here[0][0].scale, way._replace(note=f"{way.note}, shortened: {less}") if less else way, links)
     return next((w.note for w in mine if not w.experiment), "no record")
 
 # %% ../../nbs/results/80_tables.ipynb #bc0e3cb1
