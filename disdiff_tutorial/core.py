@@ -288,7 +288,7 @@ class Config:
 
     def affordable(self, part, fit, steps, limit):
         """As many of `steps` as fit into `limit` minutes. The training begins in earnest: a twentieth of the time to get going, a tenth to read its speed, while its learning rate is the same for any number of steps.
-        It is not under way before it has taken ten steps: the second may be compiled, for a minute."""
+        Its speed is read only after ten steps, since compiling may take a minute of the second."""
         def some(share): return effort(fit(steps=steps, minutes=share * limit, checkpoint=self.resume(part)))
         last, early = -1, some(1 / 20)
         while last < early["steps"] < min(10, steps): last, early = early["steps"], some(1 / 20)

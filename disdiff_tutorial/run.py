@@ -217,7 +217,7 @@ def best_way(ways):
     rate, loss = ways.get("plain", (math.inf, 0))
     return max([w for w, (r, l) in ways.items() if r > 1.05 * rate and l < loss + .5 * abs(loss)], key=lambda w: ways[w][0], default="plain")
 
-def rehearse(parts=None, scale="gpu", few=5, seconds=150):
+def rehearse(parts=None, scale="gpu", few=10, seconds=150):
     "Families for `DISDIFF_GRAPHS` and for `DISDIFF_COMPILE`: {variable: names with commas}, each family in its `best_way`; those of some `parts` of the book, or all. They are tried at the same time, each in a process of its own. Prints a line for each."
     import subprocess
     run_ = lambda family: subprocess.Popen([sys.executable, "-c", f"from disdiff_tutorial.run import rehearse_here; rehearse_here({family!r}, {scale!r}, {few})"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -60,7 +60,7 @@ def test_first_plan_runs_at_smoke_and_comes_home(tmp_path):
     assert len(pieces) <= 8 and all(p.stat().st_size < 16e6 for p in pieces)
     runner.main(["unpack", str(tmp_path / "home"), "--out", str(tmp_path / "here")])
     stems = {p.stem for p in (tmp_path / "here").glob("*.json")}
-    assert len(stems) == 5 and all((tmp_path / "here" / f"{s}{e}").exists() for s in stems for e in (".safetensors",))
+    assert len(stems) == 5 and all((tmp_path / "here" / f"{s}.safetensors").exists() for s in stems)
 
 def test_recorded_steps_train_alike(monkeypatch):
     "FactorVAE with a schedule, its steps recorded or not (a CPU records nothing, so replays are pretended): the same weights."
@@ -74,6 +74,19 @@ def test_recorded_steps_train_alike(monkeypatch):
         factorvae.learn(model, x, 30, size=16, schedule=factorvae.dear_first, progress=False)
         weights.append(torch.cat([p.flatten() for p in model.parameters()])); assert (model.kl_weight, model.tc_weight) == pytest.approx((1., 1.), abs=.3)
     assert torch.allclose(*weights, atol=1e-5)
+
+def test_compiled_layers_train_alike(monkeypatch):
+    "A U-Net with its layers compiled from the second step on, or not (traced alone: no program is written for the CPU): the same weights, also where a training goes on, and nothing compiled is left in use."
+    from disdiff_tutorial.diffusion import dsm, sde, training, unet
+    traced, x, weights, made = torch.compile, torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), [], []
+    monkeypatch.setattr(torch, "compile", lambda f, **kind: made.append(kind) or traced(f, backend="aot_eager", **kind))
+    for asked in (False, True):
+        monkeypatch.setattr(training, "recordable", lambda family, device, names="DISDIFF_GRAPHS": asked and names == "DISDIFF_COMPILE" and family == "some")
+        core.seed_everything(0); net = unet.UNet(width=8, mults=(1, 2), blocks=1, attend=(1,))
+        for _ in range(2): training.fit(lambda x: dsm.dsm_loss(net, x, sde.VPSDE()), net, lambda step: (x,), steps=4, graph="some", progress=False)
+        assert ("compiled" in vars(net)) == asked and "layers" not in vars(net)
+        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert len(made) == 1 and torch.allclose(*weights, atol=1e-5)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_families_are_rehearsed():

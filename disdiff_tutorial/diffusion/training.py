@@ -257,8 +257,8 @@ def recordable(family, device, names="DISDIFF_GRAPHS"):
 def merged(nets):
     "Inside, the layers of each `UNet` of a list run compiled. What was compiled stays beside the net, for the next time."
     for net in nets:
-        if "compiled" not in vars(net): vars(net)["compiled"] = torch.compile(net.layers, dynamic=False)       # a new size of batch is compiled anew
-        vars(net)["layers"] = vars(net)["compiled"]
+        if vars(net).get("compiled", [0])[0] != id(net): vars(net)["compiled"] = id(net), torch.compile(net.layers, dynamic=False)       # a copy of a net would run the net; a new size of batch is compiled anew
+        vars(net)["layers"] = net.compiled[1]
     try: yield
     finally:
         for net in nets: del vars(net)["layers"]
