@@ -189,6 +189,7 @@ def ways_of(family):
     never = {"autoencoders": "DISDIFF_COMPILE", "together": "DISDIFF_COMPILE", "anchored": "DISDIFF_GRAPHS"}.get(family)
     return [way for way, variables in WAYS.items() if never not in variables]
 
+# %% ../nbs/02_run.ipynb #1b5847e5
 class Rehearsal(Config):
     "A config for `few` steps of each training up to `part`, which is done in each of `WAYS`; a line of JSON for each: steps a second and the last loss."
     part, family, few = None, None, 50
@@ -212,6 +213,7 @@ def rehearse_here(family, scale="gpu", few=50):
         try: known(name)(config)
         except Unfinished: pass
 
+# %% ../nbs/02_run.ipynb #3c27fc5f
 def best_way(ways):
     "The fastest of ways {way: (steps a second, last loss)} that trains about as well as the plain one and is faster by a twentieth; 'plain' if there is none."
     rate, loss = ways.get("plain", (math.inf, 0))
