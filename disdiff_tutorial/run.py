@@ -181,12 +181,12 @@ def judge(folder=None):
         print(describe(record, "judged"))
 
 # %% ../nbs/02_run.ipynb #c572f827
-FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/dsprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-sd", "net"), "anchored": ("dyga/scenes-both", "net"), "components": ("components/scenes", "net")}
+FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/dsprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-sd", "net"), "fields": ("dyga/disdiff-both", "units"), "components": ("components/scenes", "net")}
 
 WAYS = {"plain": (), "compiled": ("DISDIFF_COMPILE",), "recorded": ("DISDIFF_GRAPHS",), "both": ("DISDIFF_GRAPHS", "DISDIFF_COMPILE")}      # way -> variables that name the family
 def ways_of(family):
-    "The ways in question for a family: two have no U-Net to compile, and anchors are chosen on the host, which cannot be recorded."
-    never = {"autoencoders": "DISDIFF_COMPILE", "together": "DISDIFF_COMPILE", "anchored": "DISDIFF_GRAPHS"}.get(family)
+    "The ways in question for a family: two have no U-Net to compile."
+    never = {"autoencoders": "DISDIFF_COMPILE", "together": "DISDIFF_COMPILE"}.get(family)
     return [way for way, variables in WAYS.items() if never not in variables]
 
 # %% ../nbs/02_run.ipynb #1b5847e5

@@ -12,7 +12,7 @@ from disdiff_tutorial.diffusion.unet import UNet
 from disdiff_tutorial.lcgdm.factorvae import FactorVAE
 from disdiff_tutorial.lcgdm.latent_guidance import LCGDM, nll_bound
 from disdiff_tutorial.metrics import disentanglement as metrics
-from disdiff_tutorial.metrics.quality import fid, kid
+from disdiff_tutorial.metrics.quality import Network, fid, kid, note_quality
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
@@ -85,3 +85,13 @@ def test_packed_sprites():
 def test_distances():
     x, y = torch.randn(200, 8, device=core.device()), torch.randn(200, 8, device=core.device()) + 1
     assert fid(x, y).value > 1 and kid(x, y, subsets=3, size=50, show=False).value > 0 and energy_test(x[:50], y[:50])[1] < .05
+
+def test_quality_of_a_record():
+    "On the device, not on the CPU beside it."
+    seen = []
+    class Small(torch.nn.Module):
+        def forward(self, x): seen.append(x.is_cuda); return x.flatten(2).mean(2)
+    net = Network(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), Small()), "small", 16).to(core.device())
+    record, x = core.Record("toy/noted", "smoke", 0), torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, device=core.device())
+    note_quality(record, {"the same": x}, x, net)
+    assert all(seen) and abs(record.metrics["FID, the same"]["value"]) < 1e-3 and record.metrics["KID x 1000, the same"]["n"] == 60

@@ -10,7 +10,7 @@ __all__ = ['spread', 'init_gaussians', 'with_room', 'to_split', 'split', 'put', 
 import torch
 from torch import nn
 from ..core import require
-from .hddc import HUGE, Gaussians, em, kmeans, log_joint, m_step, one_hot, responsibilities
+from .hddc import HUGE, Gaussians, em, kmeans, log_joint, log_joint_whole, m_step, one_hot, responsibilities
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #06f42f93
 def spread(x, member):
@@ -152,23 +152,30 @@ class DyGA(nn.Module):
 
     def choose(self, x, noise=None):
         "Weights (n, units, most) of the anchors for scaled features x (n, units, dim): one-hot, or a Gumbel-softmax for variant 'paper' while training."
+        weights = torch.where(self.counts[:, None] > 0, self.weights, 1.)                          # before the first selection, which a GPU does not look for, all places: else nan
+        joint = log_joint_whole if x.is_cuda else log_joint
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training and self.variant == "paper"):
-            log_r = log_joint(x.transpose(0, 1), self.gaussians).transpose(0, 1).log_softmax(-1)
+            log_r = joint(x.transpose(0, 1), self.gaussians._replace(weights=weights)).transpose(0, 1).log_softmax(-1)
         if not self.training or self.variant == "released": return nn.functional.one_hot(log_r.argmax(-1), self.most).to(x.dtype)
         noise = gumbel(log_r.shape, device=x.device) if noise is None else noise
         if self.variant == "bounded": return nn.functional.one_hot((log_r + noise).argmax(-1), self.most).to(x.dtype)
-        return ((log_r.exp().masked_fill(self.weights == 0, -torch.inf) + noise) / self.tau).softmax(-1)      # DyGA Algorithm 3
+        return ((log_r.exp().masked_fill(weights == 0, -torch.inf) + noise) / self.tau).softmax(-1)      # DyGA Algorithm 3
 
     def align(self, features, noise=None):
         """Features (n, units, dim) moved towards their anchors, the same shape and type, with gradient: DyGA (6). Unchanged before the first `select`.
         In training mode 'paper' and 'bounded' add Gumbel `noise` (n, units, most), drawn here unless given; in eval mode the highest responsibility decides."""
         self.check(features)
-        if not bool((self.weights > 0).any()): return features
-        c = features.to(self.low.dtype)
-        if self.variant == "released": return self.align_released(c).to(features.dtype)
+        some = (self.weights > 0).any()
+        if not some.is_cuda and not some: return features                                          # a GPU would stall at this look, and a step with it could not be recorded
+        moved = self.moved(features.to(self.low.dtype), noise).to(features.dtype)
+        return torch.where(some, moved, features)
+
+    def moved(self, c, noise=None):
+        "Features c (n, units, dim), in double precision, moved towards their anchors."
+        if self.variant == "released": return self.align_released(c)
         mu = torch.einsum("nuk,ukd->nud", self.choose((c - self.low[:, None]) / self.size[:, None] - 1, noise), self.anchors)
         delta = paper_delta(c, mu, self.strength) if self.variant == "paper" else bounded_delta(c, mu, self.scale, self.strength)
-        return (c + delta[..., None] * (mu - c)).to(features.dtype)
+        return c + delta[..., None] * (mu - c)
 
     def align_released(self, c):
         "The released code's way: the batch's own range, anchors left in the scaled space, and one share for the whole batch."
@@ -192,13 +199,14 @@ class FSQ(nn.Module):
         require(ok, "at least two levels on each axis", repr(levels), "the paper uses (8, 5, 5)")
         self.levels, self.size = tuple(levels), int(torch.tensor(levels).prod())
         self.into, self.back = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
+        self.register_buffer("steps", torch.tensor(self.levels), persistent=False)                 # on the features' device, so a step with it can be recorded
 
     def bounded(self, features): return self.into(features).tanh()
 
     def codes(self, features):
         "Index of the code, 0 to prod(levels) - 1, of features (..., dim): int64 (...,)."
-        place, index = ((snap(self.bounded(features), self.levels) + 1) * (torch.tensor(self.levels, device=features.device) - 1) / 2).round().long(), 0
+        place, index = ((snap(self.bounded(features), self.steps) + 1) * (self.steps - 1) / 2).round().long(), 0
         for l, n in enumerate(self.levels): index = index * n + place[..., l]
         return index
 
-    def forward(self, features): "Features (..., dim) quantised, the same shape."; return self.back(snap(self.bounded(features), self.levels))
+    def forward(self, features): "Features (..., dim) quantised, the same shape."; return self.back(snap(self.bounded(features), self.steps))

@@ -98,6 +98,7 @@ def late_time(n, device=None):
 class DisDiff(LatentDiffusion):
     """DisDiff (Yang et al. 2023) on pixels: `extractor` (vector units: lift=None), a U-Net of `width` to be trained first and then frozen, `net.net`, and a decoder of one field a unit, `net.decoder`.
     `weight`: of the disentangling loss. `tidy`, `every`: anchors, as in `LatentDiffusion`."""
+    family = "fields"
     def __init__(self, extractor, width=32, weight=1., tidy=None, every=0):
         super().__init__(extractor, None, tidy, every)
         self.weight, self.net = weight, Fields(small_unet(width, attend=[1], sde=self.sde, target="x0"), width, extractor.units, extractor.dim)    # in place of one net that hears all units

@@ -232,6 +232,7 @@ class FeatureExtractor(nn.Module):
 class LatentDiffusion(nn.Module):
     """A `FeatureExtractor` and a U-Net that hears its units, trained together by DyGA (2) with a square. `autoencoder`: a `VQGAN` to work on latents, or None for pixels.
     `tidy`: None, or a module with `align(units) -> units` and `select(units)`, called again every `every` training steps on the units of fresh images (DyGA: `anchoring.DyGA`). `unet`: sizes of the U-Net."""
+    family = "units"                                                       # of its loss, in `fit`
     def __init__(self, extractor, autoencoder=None, tidy=None, every=0, sde=VPSDE(), **unet):
         super().__init__()
         require((tidy is None) == (every == 0) and every >= 0, "tidy and every (steps, 1 or more) together", f"{type(tidy).__name__} and {every}", "give both or none")
@@ -269,14 +270,16 @@ class LatentDiffusion(nn.Module):
     def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
         "Train on uint8 images (n, C, H, W) or a `FactorData`; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
-        taken = None
+        before = None
+        def get(step):
+            nonlocal before
+            if before is None: before = int(self.steps) - step             # steps of earlier calls, once a checkpoint is read
+            if self.every and before + step and (before + step) % self.every == 0: self.reselect(batches, -(-pool // size))      # between steps, which can be recorded
+            return batches(step)
         def loss(x, *_):
-            nonlocal taken
-            taken = int(self.steps) if taken is None else taken + 1        # after a checkpoint is read; a look at every step would stall a GPU
-            if self.every and taken and taken % self.every == 0: self.reselect(batches, -(-pool // size))
             self.steps += 1
             return self.loss(x)
-        return fit(loss, self, batches, steps=steps, lr=lr, graph="units" if type(self) is LatentDiffusion and not self.every else "anchored", **kind)      # anchors are selected on the host, which cannot be recorded
+        return fit(loss, self, get, steps=steps, lr=lr, graph=self.family, **kind)
 
     @torch.no_grad()
     def reselect(self, batches, count):

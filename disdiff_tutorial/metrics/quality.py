@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
-from ..core import atomic, data_dir, load_tensors, progress_bar, require, save_tensors, short, to_float
+from ..core import atomic, data_dir, device, load_tensors, progress_bar, require, save_tensors, short, to_float
 from .disentanglement import _at_least, _native
 
 # %% ../../nbs/metrics/31_quality.ipynb #27c750e6
@@ -125,7 +125,7 @@ def features(images, network, resize="clean", batch=64, show=True):
     require(len(images), "at least one image", "none", "give some")
     where = next(network.parameters(), torch.empty(0)).device
     out, network = [], network.eval()
-    with torch.inference_mode(), progress_bar(total=len(images), desc="features", show=show, delay=1) as bar:
+    with torch.no_grad(), progress_bar(total=len(images), desc="features", show=show, delay=1) as bar:
         for start in range(0, len(images), batch):
             part = images[start:start + batch].to(where)
             out.append(network(resized(part, network.size, resize).expand(-1, 3, -1, -1)).float().cpu()); bar.update(len(part))
@@ -317,10 +317,10 @@ def kid(x, y, subsets=100, size=None, seed=0, show=True):
 
 # %% ../../nbs/metrics/31_quality.ipynb #bcebf2d6
 def note_quality(record, drawn, truth, network=None):
-    "Add to a `Record` FID and KID of each set in the dict `drawn`, images (n, C, H, W), to the true pictures `truth`. `network`: default Inception; where it is not at hand one line says so and nothing is noted."
+    "Add to a `Record` FID and KID of each set in the dict `drawn`, images (n, C, H, W), to the true pictures `truth`, computed on the device at hand. `network`: default Inception; where it is not at hand one line says so and nothing is noted."
     if network is None and not at_hand(): return print("no Inception network at hand: FID and KID are left out of the record; see disdiff_tutorial.metrics.quality")
-    network = network or inception()
-    seen = {name: features(y, network, show=False) for name, y in ({"truth": truth} | drawn).items()}
+    network, where = network or inception(device=device()), device()
+    seen = {name: features(y, network, batch=64 if where.type == "cpu" else 250, show=False).to(where) for name, y in ({"truth": truth} | drawn).items()}
     for name in drawn:
         record.add(f"FID, {name}", fid(seen["truth"], seen[name]).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
         record.add(f"KID x 1000, {name}", 1000 * kid(seen["truth"], seen[name], show=False).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
