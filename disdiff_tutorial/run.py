@@ -111,7 +111,7 @@ def describe(record, verb):
 def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
     """The record of experiment `name`: the best at hand, or a new one. Prints one line that says which.
 
-    Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
+    Trains if no record is at hand (with `scale_`: none of that scale), if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
     What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; such a run needs a folder of its own, `out`, lest it be taken for the scale's."""
     experiment, at = known(name), scale_ or scale()
@@ -119,7 +119,7 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
     require(minutes is None or minutes > 0, "minutes above 0", minutes, "give more")
     require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
-    if not (retrain or out) and (found := records(name)):
+    if not (retrain or out) and (found := [r for r in records(name) if scale_ in (None, r.scale)]):
         print(describe(found[0], "loaded")); return found[0]
     config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share, change or {})
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
