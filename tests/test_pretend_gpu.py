@@ -1,4 +1,5 @@
 "What goes wrong only on a GPU (tensors of two devices, generators, types under autocast), tried without one: see `pretend_gpu`. The experiments run on it in `test_gpu_sizes`."
+import time
 import pytest
 import torch
 from pretend_gpu import pretend_gpu
@@ -95,3 +96,14 @@ def test_quality_of_a_record():
     record, x = core.Record("toy/noted", "smoke", 0), torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, device=core.device())
     note_quality(record, {"the same": x}, x, net)
     assert all(seen) and abs(record.metrics["FID, the same"]["value"]) < 1e-3 and record.metrics["KID x 1000, the same"]["n"] == 60
+
+def test_checkpoints_take_a_small_part_of_the_time(tmp_path, monkeypatch):
+    "One that takes long is written seldom on a GPU, and as asked for on the CPU; the last one always."
+    from disdiff_tutorial.diffusion import training
+    saved, save = [], training.State.save
+    def slowly(state, path): time.sleep(.05); saved.append(state.step); save(state, path)
+    monkeypatch.setattr(training.State, "save", slowly)
+    for where, most in (("cuda", 5), ("cpu", 22)):
+        saved.clear(); net = torch.nn.Linear(3, 1).to(where)
+        training.fit(lambda x: net(x).square().mean(), net, lambda step: torch.ones(4, 3, device=where), steps=20, checkpoint=tmp_path / f"{where}.safetensors", every=1, progress=False)
+        assert saved[0] == 0 and saved[-1] == 20 and len(saved) <= most and (where == "cuda" or len(saved) == 22)

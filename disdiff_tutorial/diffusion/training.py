@@ -286,7 +286,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     `batches`: a function step -> batch (a tensor or a tuple), or an iterable of batches that can be walked again. The budget is `steps`, or else `minutes`; the
     learning rate `lr` falls to 0 at its end; a dict gives rates by the beginnings of parameter names, {"": 1e-3, "critic": 2e-3}. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
-    `checkpoint`: a file, written at the start, every `every` steps and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
+    `checkpoint`: a file, written at the start, every `every` steps (on a GPU less often, if that took more than a twentieth of the time) and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
     gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays.
     `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`, and U-Nets compiled where `DISDIFF_COMPILE` names it."""
@@ -301,7 +301,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     start_together(state, acc)
     keep = checkpoint and acc.is_main_process
     if keep and not resume: state.save(checkpoint)                           # a folder that cannot be written says so now, not in an hour
-    get, before, began = as_function(batches, state.step), state.seconds, time.perf_counter()
+    get, before, began, rest = as_function(batches, state.step), state.seconds, time.perf_counter(), 0.
     where = state.trained[0].device
     step = Recorded(state) if recordable(graph, where) else descend
     nets = [m for m in state.module.modules() if isinstance(m, UNet)] if recordable(graph, where, "DISDIFF_COMPILE") else []
@@ -318,11 +318,13 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
                 value = one()
             state.recent.append(value)
             bar.update()
-            log, write = state.step % LOG == 0, keep and state.step % every == 0
+            log, write = state.step % LOG == 0, keep and state.step % every == 0 and seconds >= rest
             if state.recent[-1].is_cuda and not (log or write): continue     # reading a loss would stall the GPU
             mean = mean_loss(state.recent, state.step)
             if log: state.curve.append([state.step, mean]); bar.set_postfix(loss=f"{mean:.4f}"); state.recent = []
-            if write: state.save(checkpoint)
+            if write:
+                state.save(checkpoint)
+                if value.is_cuda: rest = seconds + 20 * (time.perf_counter() - began - seconds)      # a twentieth of the time: thousands of small steps take seconds
     curve = state.curve + ([[state.step, mean_loss(state.recent, state.step)]] if state.recent else [])
     if keep: state.save(checkpoint)
     acc.wait_for_everyone()                                                  # none goes on before the file is there

@@ -209,7 +209,28 @@ def judging():
         if not TINY and quality.at_hand(): quality.note_quality(Record("benchmark/fid", "gpu", 0), {"prior": x}, data.sample(n, torch.Generator().manual_seed(0))[0]); out[f"seconds, {n:,} samples and their FID and KID"] = time.perf_counter() - began
     return out
 
-PARTS = {f.__name__: f for f in (latent, factorvae, unet, peers, scoring, anchors, drawing, judging)}
+def profile():
+    "Where a recorded step of three trainings of the book spends its time: milliseconds of all kernels, how many there are, and those of the ten dearest, per step, on the screen."
+    from disdiff_tutorial import digits
+    from disdiff_tutorial.dyga import latent_diffusion
+    from disdiff_tutorial.lcgdm.factorvae import VAE
+    figures, vae, scene = digits.build(16 if TINY else 96).to(device()), VAE().to(device()), latent_diffusion.build(**latent_diffusion.shape_of(latent_diffusion.SCENES["smoke" if TINY else "gpu"])).to(device())
+    rows = 2 if TINY else 256
+    kinds = {"digits": (figures, lambda x: dsm_loss(figures, x / 127.5 - 1, digits.SDE, digits.one_hot(torch.zeros(len(x), dtype=torch.long, device=x.device))), pictures(rows, 1, 28)),
+             "VAE": (vae, vae.loss, pictures(2 if TINY else 64, 1)), "units": (scene, scene.loss, pictures(2 * rows))}
+    out, steps = {}, 2 if TINY else 20; told(VARIABLES[:1])
+    for name, (model, loss, x) in kinds.items():
+        def train(): return fit(loss, model, lambda step: (x,), steps=steps, graph="bench", progress=False)
+        with alone():
+            train()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU if TINY else torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen: done = train()
+        spent = lambda e: e.self_cpu_time_total if TINY else e.self_device_time_total
+        table = sorted(seen.key_averages(), key=spent, reverse=True)
+        out |= {f"ms a step, {name}": 1e3 * done.seconds / steps, f"ms of kernels a step, {name}": sum(map(spent, table)) / 1e3 / steps, f"kernels a step, {name}": sum(e.count for e in table) / steps}
+        print("\n".join(f"{name}: {spent(e) / 1e3 / steps:8.3f} ms, {e.count / steps:6.1f} times, {e.key[:110]}" for e in table[:10]), file=sys.stderr)
+    return out
+
+PARTS = {f.__name__: f for f in (latent, factorvae, unet, peers, scoring, anchors, drawing, judging, profile)}
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
@@ -230,7 +251,7 @@ def main():
         except subprocess.TimeoutExpired: child.kill(); said, complaint = child.communicate()
         for line in (l for l in said.splitlines() if l.startswith("{")):
             for name, value in json.loads(line).items(): record.add(name, value, 1, "measured")
-        if complaint.strip(): print(f"{part}: rc {child.returncode}, {complaint[-600:]}")
+        if complaint.strip(): print(f"{part}: rc {child.returncode}, {complaint[-4000:]}")
     record.seconds = time.monotonic() - began
     print("\n".join(f"{k:75s} {m['value']:12.3f}" for k, m in record.metrics.items())); record.save(args.out)
 
