@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'COMPARED', 'JUDGES', 'FAMILIES', 'WAYS', 'PLANNED', 'PEAK', 'PAGE', 'later', 'known', 'records',
-           'describe', 'run', 'note_time', 'png', 'sheet', 'leave', 'judge', 'ways_of', 'Rehearsal', 'rehearse_here',
-           'best_way', 'rehearse', 'read_plan', 'planned', 'run_plan', 'pack', 'unpack', 'reading_order', 'execute',
-           'said', 'plain', 'page', 'keep', 'write_index', 'fingerprint', 'failure', 'run_one', 'book_record',
-           'run_notebooks', 'list_experiments', 'data_command', 'run_command', 'notebooks_command', 'parser', 'main']
+           'describe', 'closest', 'run', 'note_time', 'png', 'sheet', 'leave', 'judge', 'ways_of', 'Rehearsal',
+           'rehearse_here', 'best_way', 'rehearse', 'read_plan', 'planned', 'run_plan', 'pack', 'unpack',
+           'reading_order', 'execute', 'said', 'plain', 'page', 'keep', 'write_index', 'fingerprint', 'failure',
+           'run_one', 'book_record', 'run_notebooks', 'list_experiments', 'data_command', 'run_command',
+           'notebooks_command', 'parser', 'main']
 
 # %% ../nbs/02_run.ipynb #776462a1
 import argparse, base64, copy, gc, hashlib, importlib, io, json, math, os, re, struct, sys, time, traceback, zipfile, zlib
@@ -108,10 +109,15 @@ def describe(record, verb):
     return f"{verb} {record.name}: scale {record.scale}, seed {record.seed}, {record.seconds:.0f} s on {record.device}; {metrics}"
 
 # %% ../nbs/02_run.ipynb #35105518
+def closest(found, at):
+    "The first of some records, best first, that is not above the scale `at`, or else the least above it."
+    level = lambda r: SCALES.index(r.scale)
+    return next((r for r in found if level(r) <= SCALES.index(at)), min(found, key=level))
+
 def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
     """The record of experiment `name`: the best at hand, or a new one. Prints one line that says which.
 
-    Trains if no record is at hand (with `scale_`: none of that scale), if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
+    With `scale_` the best of at most this scale, if there is one. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
     What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; such a run needs a folder of its own, `out`, lest it be taken for the scale's."""
     experiment, at = known(name), scale_ or scale()
@@ -119,8 +125,9 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
     require(minutes is None or minutes > 0, "minutes above 0", minutes, "give more")
     require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
-    if not (retrain or out) and (found := [r for r in records(name) if scale_ in (None, r.scale)]):
-        print(describe(found[0], "loaded")); return found[0]
+    if not (retrain or out) and (found := records(name)):
+        found = closest(found, scale_) if scale_ else found[0]
+        print(describe(found, "loaded")); return found
     config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share, change or {})
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
     try: record = experiment(config)
@@ -181,7 +188,7 @@ def judge(folder=None):
         print(describe(record, "judged"))
 
 # %% ../nbs/02_run.ipynb #c572f827
-FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/dsprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-sd", "net"), "fields": ("dyga/disdiff-both", "units"), "components": ("components/scenes", "net")}
+FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/dsprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-both", "net"), "fields": ("dyga/disdiff-both", "units"), "components": ("components/scenes", "net")}
 
 WAYS = {"plain": (), "compiled": ("DISDIFF_COMPILE",), "recorded": ("DISDIFF_GRAPHS",), "both": ("DISDIFF_GRAPHS", "DISDIFF_COMPILE")}      # way -> variables that name the family
 def ways_of(family):

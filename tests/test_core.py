@@ -99,7 +99,7 @@ def test_run_trains_once_then_loads(toys, capsys, monkeypatch):
     a, b = runner.run("toy/answer", "smoke"), runner.run("toy/answer", "smoke")
     assert a == b and [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["trained", "loaded"]
     runner.run("toy/answer", "cpu", retrain=True)
-    assert runner.run("toy/answer", "smoke").scale == "cpu"                 # the best at hand
+    assert [runner.run("toy/answer", at).scale for at in (None, "smoke", "cpu", "gpu")] == ["cpu", "smoke", "cpu", "cpu"]       # the best at hand, or the best up to a scale
     monkeypatch.setenv("RETRAIN", "1")
     assert runner.run("toy/answer", "smoke").scale == "smoke"
 

@@ -10,6 +10,8 @@ from disdiff_tutorial.diffusion.likelihood import log_likelihood
 from disdiff_tutorial.diffusion.sampling import METHODS, energy_test, sample
 from disdiff_tutorial.diffusion.sde import VESDE, VPSDE
 from disdiff_tutorial.diffusion.unet import UNet
+from disdiff_tutorial.dyga.interpretation import TIDY
+from disdiff_tutorial.dyga.latent_diffusion import FeatureExtractor, LatentDiffusion
 from disdiff_tutorial.lcgdm.factorvae import FactorVAE
 from disdiff_tutorial.lcgdm.latent_guidance import LCGDM, nll_bound
 from disdiff_tutorial.metrics import disentanglement as metrics
@@ -101,9 +103,17 @@ def test_checkpoints_take_a_small_part_of_the_time(tmp_path, monkeypatch):
     "One that takes long is written seldom on a GPU, and as asked for on the CPU; the last one always."
     from disdiff_tutorial.diffusion import training
     saved, save = [], training.State.save
-    def slowly(state, path): time.sleep(.05); saved.append(state.step); save(state, path)
+    def slowly(state, path): time.sleep(.1); saved.append(state.step); save(state, path)
     monkeypatch.setattr(training.State, "save", slowly)
     for where, most in (("cuda", 5), ("cpu", 22)):
         saved.clear(); net = torch.nn.Linear(3, 1).to(where)
         training.fit(lambda x: net(x).square().mean(), net, lambda step: torch.ones(4, 3, device=where), steps=20, checkpoint=tmp_path / f"{where}.safetensors", every=1, progress=False)
         assert saved[0] == 0 and saved[-1] == 20 and len(saved) <= most and (where == "cuda" or len(saved) == 22)
+
+@pytest.mark.parametrize("anchors", ["bounded", "paper", "released", "fsq"])
+def test_anchored_steps_are_recorded(anchors, monkeypatch):
+    "Before and after the first selection, which falls between steps."
+    monkeypatch.setenv("DISDIFF_GRAPHS", "units")
+    torch.manual_seed(0); model = LatentDiffusion(FeatureExtractor((3, 32, 32), 4, 6, 8, hidden=32), width=16, tidy=TIDY[anchors](4, 6), every=5).to(core.device())
+    done = model.fit(torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device=core.device()), steps=8, size=16, pool=64, progress=False)
+    assert done.steps == int(model.steps) == 8 and (anchors == "fsq" or (model.tidy.counts > 0).all())

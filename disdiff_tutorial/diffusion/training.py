@@ -323,8 +323,9 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
             mean = mean_loss(state.recent, state.step)
             if log: state.curve.append([state.step, mean]); bar.set_postfix(loss=f"{mean:.4f}"); state.recent = []
             if write:
+                paid = time.perf_counter()
                 state.save(checkpoint)
-                if value.is_cuda: rest = seconds + 20 * (time.perf_counter() - began - seconds)      # a twentieth of the time: thousands of small steps take seconds
+                if value.is_cuda: rest = paid - began + 20 * (time.perf_counter() - paid)      # thousands of small steps take seconds, and 200 MB to write takes as long
     curve = state.curve + ([[state.step, mean_loss(state.recent, state.step)]] if state.recent else [])
     if keep: state.save(checkpoint)
     acc.wait_for_everyone()                                                  # none goes on before the file is there

@@ -96,9 +96,10 @@ def log_joint(x, g):
 # %% ../../nbs/dyga/61_hddc.ipynb #3955a636
 def log_joint_whole(x, g):
     "What `log_joint` gives, on all axes of all clusters: p / d times the products and memory, but no look at a number, so a GPU need not wait and the step can be recorded."
-    y = (x[:, None] - g.means[:, :, None]) @ (g.axes * g.values.rsqrt()[..., None, :])                      # (U, K, n, p)
+    sides, rows = g.axes * g.values.rsqrt()[..., None, :], max(1, 2 ** 26 // g.axes[..., 0].numel())       # half a gigabyte of doubles at once
+    far = [((part[:, None] - g.means[:, :, None]) @ sides).square().sum(-1) for part in x.split(rows, 1)]  # (U, K, rows) each
     const = g.weights.log() - .5 * (g.values.log().sum(-1) + x.shape[2] * math.log(2 * math.pi))
-    return (const[..., None] - .5 * y.square().sum(-1)).mT
+    return (const[..., None] - .5 * torch.cat(far, 2)).mT
 
 # %% ../../nbs/dyga/61_hddc.ipynb #c863aaed
 def responsibilities(x, g, weight=None):
