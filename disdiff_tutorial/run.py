@@ -33,6 +33,7 @@ EXPERIMENTS = {                                                 # name -> functi
     "lcgdm/dsprites": later("lcgdm.latent_guidance", "sprites_experiment", whole=True, dear=False),
     "lcgdm/dsprites-0": later("lcgdm.latent_guidance", "sprites_experiment", gamma=0., whole=True, dear=False),
     "lcgdm/dsprites-10": later("lcgdm.latent_guidance", "sprites_experiment", gamma=10., whole=True, dear=False),
+    "lcgdm/dsprites-free": later("lcgdm.latent_guidance", "sprites_experiment", whole=True, dear=False, drop=1.),
     "lcgdm/autoencoders": later("lcgdm.factorvae", "squares_experiment", whole=True),
     "lcgdm/digits": later("lcgdm.scaling", "digits_experiment"),
     "lcgdm/digits-zeros": later("lcgdm.scaling", "digits_experiment", zeros=True),

@@ -221,7 +221,7 @@ def dear_first(u):
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #b627d1ce
 SQUARES = dict(smoke=dict(steps=40, size=64, points=600), cpu=dict(steps=12_000, size=64, points=10_000))
-DSPRITES = dict(smoke=dict(steps=2, size=8, points=100), gpu=dict(steps=60_000, size=64, points=10_000))     # 64 x 64 pixels and the published networks
+DSPRITES = dict(smoke=dict(steps=2, size=8, points=100), gpu=dict(steps=100_000, size=64, points=10_000))     # 64 x 64 pixels and the published networks
 HIDDEN = (128, 128)
 
 def contenders(shape, gamma=20.):

@@ -61,8 +61,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     "Squared Fréchet distance of two Gaussians with means (D,) and covariances (D, D), tensors or arrays -> float. No matrix root of an unsymmetric product is taken: two symmetric eigenproblems."
     (mu1, cov1), (mu2, cov2) = gaussian(mu1, cov1), gaussian(mu2, cov2)
     require(len(mu1) == len(mu2), "two Gaussians of one dimension", f"{len(mu1)} and {len(mu2)}", "use the same network for both")
-    half = root(cov1)
-    overlap = torch.linalg.eigvalsh(half @ cov2 @ half).clamp(min=0).sqrt().sum()
+    half = root(cov1.to(device()))                                  # for 2,048 features seconds on a CPU
+    overlap = torch.linalg.eigvalsh(half @ cov2.to(half) @ half).clamp(min=0).sqrt().sum().cpu()
     return max(0., ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap).item())
 
 # %% ../../nbs/metrics/31_quality.ipynb #62ab23c8
@@ -90,10 +90,11 @@ def statistics(features, **facts):
 # %% ../../nbs/metrics/31_quality.ipynb #93afe9f9
 def frechet_to(reference, features):
     "Squared Fréchet distance of features (n, D) to `Statistics`: `frechet_distance` if n > D, the same from an eigenproblem of size n otherwise."
-    x = check_features(features).cpu()
+    x = check_features(features)
     mean, cov = gaussian(*reference[:2])
     require(x.shape[1] == len(mean), f"features of dimension {len(mean)}, as the reference has", x.shape[1], "use the same network for both")
     if len(x) > x.shape[1]: return frechet_distance(mean, cov, *statistics(x)[:2])
+    x = x.cpu()
     rows = (x - x.mean(0)) / (len(x) - 1) ** .5
     overlap = torch.linalg.eigvalsh(rows @ cov @ rows.T).clamp(min=0).sqrt().sum()
     return max(0., ((mean - x.mean(0)).square().sum() + rows.square().sum() + cov.trace() - 2 * overlap).item())
@@ -114,7 +115,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self.net, self.identity, self.size = net, identity, size
 
-    def forward(self, x): return self.net((x - 128) / 128).flatten(1)
+    def forward(self, x): return self.net(((x - 128) / 128).to(next(self.parameters(), x).dtype)).flatten(1)
 
 def features(images, network, resize="clean", batch=64, show=True):
     "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar."
@@ -317,10 +318,12 @@ def kid(x, y, subsets=100, size=None, seed=0, show=True):
 
 # %% ../../nbs/metrics/31_quality.ipynb #bcebf2d6
 def note_quality(record, drawn, truth, network=None):
-    "Add to a `Record` FID and KID of each set in the dict `drawn`, images (n, C, H, W), to the true pictures `truth`, computed on the device at hand. `network`: default Inception; where it is not at hand one line says so and nothing is noted."
+    "Add to a `Record` FID and KID of each set in the dict `drawn`, images (n, C, H, W), to the true pictures `truth`, computed on the device at hand. `network`: default Inception, on a GPU in half precision, whose numbers have as many digits as those of a GPU's convolutions; where it is not at hand one line says so and nothing is noted."
     if network is None and not at_hand(): return print("no Inception network at hand: FID and KID are left out of the record; see disdiff_tutorial.metrics.quality")
-    network, where = network or inception(device=device()), device()
+    where = device()
+    if network is None: network = inception(device=where); network = network.half() if where.type == "cuda" else network
     seen = {name: features(y, network, batch=64 if where.type == "cpu" else 250, show=False).to(where) for name, y in ({"truth": truth} | drawn).items()}
+    reference = statistics(seen["truth"])
     for name in drawn:
-        record.add(f"FID, {name}", fid(seen["truth"], seen[name]).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
+        record.add(f"FID, {name}", fid(reference, seen[name]).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
         record.add(f"KID x 1000, {name}", 1000 * kid(seen["truth"], seen[name], show=False).value, len(drawn[name]), f"generated, against {len(truth)} true pictures")
