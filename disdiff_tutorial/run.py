@@ -33,6 +33,7 @@ EXPERIMENTS = {                                                 # name -> functi
     "lcgdm/dsprites": later("lcgdm.latent_guidance", "sprites_experiment", whole=True, dear=False),
     "lcgdm/dsprites-0": later("lcgdm.latent_guidance", "sprites_experiment", gamma=0., whole=True, dear=False),
     "lcgdm/dsprites-10": later("lcgdm.latent_guidance", "sprites_experiment", gamma=10., whole=True, dear=False),
+    "lcgdm/dsprites-truncated": later("lcgdm.latent_guidance", "sprites_experiment", gamma=10., whole=True, dear=False, truncated=True),
     "lcgdm/dsprites-free": later("lcgdm.latent_guidance", "sprites_experiment", whole=True, dear=False, drop=1.),
     "lcgdm/autoencoders": later("lcgdm.factorvae", "squares_experiment", whole=True),
     "lcgdm/digits": later("lcgdm.scaling", "digits_experiment"),
@@ -189,7 +190,7 @@ def judge(folder=None):
         print(describe(record, "judged"))
 
 # %% ../nbs/02_run.ipynb #c572f827
-FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/dsprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-both", "net"), "fields": ("dyga/disdiff-both", "units"), "components": ("components/scenes", "net")}
+FAMILIES = {"digits": ("diffusion/digits", "net"), "autoencoders": ("lcgdm/sprites", "vae"), "together": ("lcgdm/autoencoders", "together"), "guidance": ("lcgdm/dsprites", "net"), "ivae": ("ivae/scenes", "net"), "units": ("dyga/scenes-both", "net"), "fields": ("dyga/disdiff-both", "units"), "components": ("components/scenes", "net")}
 
 WAYS = {"plain": (), "compiled": ("DISDIFF_COMPILE",), "recorded": ("DISDIFF_GRAPHS",), "both": ("DISDIFF_GRAPHS", "DISDIFF_COMPILE")}      # way -> variables that name the family
 def ways_of(family):

@@ -123,6 +123,8 @@ def pretend_gpu(monkeypatch):
                  get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *a: None, manual_seed_all=lambda seed: None, manual_seed=lambda seed: None, Stream=Stream, current_stream=Stream, stream=lambda s: contextlib.nullcontext())
     for name, value in quiet.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+    cast = torch.autocast                                                       # in half precision a CPU is forty times slower
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: cast(kind, dtype=dtype, enabled=enabled and dtype is not torch.float16))
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)             # a parameter that moves becomes another one: they can't change their clothes
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu" if kind == "cuda" else kind, *args, **kwargs))

@@ -322,3 +322,29 @@ def test_codes_of_any_type_of_number():
     for wrap in (lambda z: (z > 0).long(), lambda z: z.double()):
         model = lcgdm(Corner(wrap=wrap)); model.fit(x, steps=2, size=8, progress=False)
         assert model.encode(x).dtype == torch.float32 and model.sample(2, model.encode(x[:2]), steps=1).isfinite().all()
+
+def test_a_record_of_all_of_dsprites(tmp_path, monkeypatch):
+    "Its encoder is that of the record of Table 1, of the same scale and seed; without codes only pictures without a code are drawn."
+    from disdiff_tutorial.lcgdm import latent_guidance
+    from disdiff_tutorial.lcgdm.factorvae import load_autoencoders
+    from disdiff_tutorial.run import run
+    table = run("lcgdm/autoencoders", "smoke", out=tmp_path)
+    monkeypatch.setattr(latent_guidance, "records", lambda name: [table])
+    free = run("lcgdm/dsprites-free", "smoke", out=tmp_path)
+    assert free.config["encoder"] == "lcgdm/autoencoders, seed 0" and free.config["vae_steps"] == 2 and set(free.trainings) == {"net"}
+    assert "fit, no code" in free.metrics and not [k for k in free.metrics if "prior" in k or "encoded" in k]
+    mine, theirs = latent_guidance.load_lcgdm(free).encoder.state_dict(), load_autoencoders(table)["FactorVAE"].state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine if not k.startswith("critic."))
+    other = run("lcgdm/dsprites", "smoke", seed=1, out=tmp_path)
+    assert "encoder" not in other.config and set(other.trainings) == {"vae", "net"}
+
+def test_likelihoods_are_noted():
+    from disdiff_tutorial.core import Record
+    from disdiff_tutorial.lcgdm.factorvae import FactorVAE, squares
+    from disdiff_tutorial.lcgdm.latent_guidance import cleaned, measure
+    data, record = squares(), Record("toy/all", "smoke", 0, config={"drop": .1})
+    torch.manual_seed(0); model = LCGDM(FactorVAE(data.shape, hidden=(16,), width=16, depth=2), data.shape, 10, width=8).eval()
+    measure(record, model, data, dict(points=60, samples=4, evaluations=2, judged=0, bounds=2))
+    bound, free = (record.metrics[k] for k in ("NLL bound, nats", "NLL without a code, nats"))
+    assert bound["n"] == 2 and math.isfinite(bound["value"]) and math.isfinite(free["value"]) and "fit, prior" in record.metrics
+    grey = torch.arange(256, dtype=torch.uint8); assert cleaned(grey).unique().tolist() == [0, *range(16, 240), 255]

@@ -99,7 +99,7 @@ class LCGDM(nn.Module):
         def stage(name, drop, steps, start, minutes):
             if not steps: return None
             path = checkpoint and Path(f"{checkpoint}.{name}.safetensors")
-            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress, graph="guidance" if time is middle_time else None)
+            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress, graph="guidance")
         first, began = min(round(pretrain * steps), steps - 1), clock.monotonic()                # at least one step hears the code
         one = stage("pretrain", 1., first, 0, minutes)
         if one and one.steps < first: return one, None
