@@ -6,6 +6,7 @@ from pretend_gpu import pretend_gpu
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 from disdiff_tutorial.dyga import skip_dropout
+from disdiff_tutorial.lcgdm import latent_guidance
 
 FEW = dict(batch=2, size=2, frozen=2, steps=5, vae_steps=5, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, bounds=0, evaluations=2)
 NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites-truncated", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
@@ -19,11 +20,12 @@ def small(monkeypatch, tmp_path):
     def sizes(self, **values):
         sizes = whole(self, **values)
         SIZES.update(sizes)
-        few = {k: FEW[k] for k in sizes if k in FEW and not (k == "size" and "images" in sizes)} | ({"points": 8} if "encoder" in sizes else {}) | ({"batch": 8} if "bounds" in sizes else {})
+        few = {k: FEW[k] for k in sizes if k in FEW and not (k == "size" and "images" in sizes)} | ({"points": 8} if "encoder" in sizes else {}) | ({"batch": 4} if "bounds" in sizes else {})
         return sizes | few | ({"few": True} if "hidden" in sizes else {})                 # not the codes of 480,000 pictures, nor 1,024 batches to measure codes
     monkeypatch.setattr(core.Config, "sizes", sizes)
     monkeypatch.setenv("DISDIFF_DATA", str(tmp_path / "data")); monkeypatch.setenv("DISDIFF_LATER", "1")
     monkeypatch.setenv("DISDIFF_GRAPHS", ",".join(runner.FAMILIES))        # the fourth step is recorded
+    monkeypatch.setattr(latent_guidance, "records", lambda name: [])      # an encoder of five steps has no code alive; to vote on that of a record takes minutes
     monkeypatch.setattr(skip_dropout, "VARIANTS", {k: v for k, v in skip_dropout.VARIANTS.items() if k in skip_dropout.PROBED})        # three of eight
     SIZES.clear()
 
@@ -89,6 +91,20 @@ def test_compiled_layers_train_alike(monkeypatch):
         assert ("compiled" in vars(net)) == asked and "layers" not in vars(net)
         weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert len(made) == 1 and torch.allclose(*weights, atol=1e-5)
+
+def test_compiled_extractor_trains_alike(monkeypatch):
+    "So does the trunk of a feature extractor, running means of its batch norms included."
+    from disdiff_tutorial.diffusion import training
+    from disdiff_tutorial.dyga.latent_diffusion import FeatureExtractor
+    traced, x, found = torch.compile, torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), []
+    monkeypatch.setattr(torch, "compile", lambda f, **kind: traced(f, backend="aot_eager", **kind))
+    for asked in (False, True):
+        monkeypatch.setattr(training, "recordable", lambda family, device, names="DISDIFF_GRAPHS": asked and names == "DISDIFF_COMPILE")
+        core.seed_everything(0); net = FeatureExtractor((3, 16, 16), 4, 6, 8, hidden=16)
+        training.fit(lambda x: net(x).square().mean(), net, lambda step: (x,), steps=4, graph="some", progress=False)
+        assert ("compiled" in vars(net)) == asked and "numbers" not in vars(net)
+        found.append(torch.cat([v.flatten().float() for v in net.state_dict().values()]))
+    assert torch.allclose(*found, atol=1e-5)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_families_are_rehearsed():

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from ..core import load_tensors, progress_bar, require, save_tensors, short
-from .unet import UNet
 
 # %% ../../nbs/diffusion/23_training.ipynb #53ab6686
 class Batches:
@@ -255,13 +254,13 @@ def recordable(family, device, names="DISDIFF_GRAPHS"):
 # %% ../../nbs/diffusion/23_training.ipynb #9574f5a0
 @contextlib.contextmanager
 def merged(nets):
-    "Inside, the layers of each `UNet` of a list run compiled. What was compiled stays beside the net, for the next time."
+    "Inside, each of some modules runs the method that its class names in `merges` compiled, as `UNet` its layers. What was compiled stays beside the module, for the next time."
     for net in nets:
-        if vars(net).get("compiled", [0])[0] != id(net): vars(net)["compiled"] = id(net), torch.compile(net.layers, dynamic=False)       # a copy of a net would run the net; a new size of batch is compiled anew
-        vars(net)["layers"] = net.compiled[1]
+        if vars(net).get("compiled", [0])[0] != id(net): vars(net)["compiled"] = id(net), torch.compile(getattr(net, net.merges), dynamic=False)       # a copy of a net would run the net; a new size of batch is compiled anew
+        vars(net)[net.merges] = net.compiled[1]
     try: yield
     finally:
-        for net in nets: del vars(net)["layers"]
+        for net in nets: del vars(net)[net.merges]
 
 # %% ../../nbs/diffusion/23_training.ipynb #b68b1b7c
 class Fit(NamedTuple):
@@ -289,7 +288,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     `checkpoint`: a file, written at the start, every `every` steps (on a GPU less often, if that took more than a twentieth of the time) and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
     gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays.
-    `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`, and U-Nets compiled where `DISDIFF_COMPILE` names it."""
+    `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`, and what is `merged` compiled where `DISDIFF_COMPILE` names it."""
     require(steps is not None or minutes is not None, "a budget", "none", "give steps= or minutes=")
     require((steps is None or steps > 0) and (minutes is None or minutes > 0), "a budget above 0", f"steps={steps}, minutes={minutes}", "give more")
     require(all(0 <= x < float("inf") for x in (lr.values() if isinstance(lr, dict) else [lr])), "learning rates of 0 or more", lr, "a negative one climbs")
@@ -304,7 +303,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     get, before, began, rest = as_function(batches, state.step), state.seconds, time.perf_counter(), 0.
     where = state.trained[0].device
     step = Recorded(state) if recordable(graph, where) else descend
-    nets = [m for m in state.module.modules() if isinstance(m, UNet)] if recordable(graph, where, "DISDIFF_COMPILE") else []
+    nets = [m for m in state.module.modules() if hasattr(m, "merges")] if recordable(graph, where, "DISDIFF_COMPILE") else []
     def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
     with contextlib.ExitStack() as inside, progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
         while True:

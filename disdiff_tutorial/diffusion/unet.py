@@ -106,6 +106,7 @@ class UNet(nn.Module):
     middle always attending if any does. `cond_dim` d makes it conditional: cond (n, d) enters by AdaGN, or with `tokens=True` cond (n, N, d) by
     cross-attention at every level (`tokens=[0, 1]`: at these alone). cond=None stands for the learned null condition `net.null` (d,). `stem` s packs s x s pixels into channels first, so that
     the first level runs at 1/s of the resolution. With `sde` the layers predict `target`, v or x0, which is turned into eps outside them; x0 suits a net with a `width` below channels * stem^2, too narrow to carry the noise, and needs t > 0. Dropout or hooks on skips go to `net.skips[i]`, one module per skip, coarsest last."""
+    merges = "layers"                                                      # what `merged` compiles
     def __init__(self, channels=1, width=64, mults=(1, 2), blocks=2, attend=(), cond_dim=None, tokens=False, stem=1, sde=None, target="v"):
         super().__init__()
         require(width > 0 and width % 4 == 0, "a width divisible by 4", width, "round it")

@@ -209,6 +209,7 @@ class Lift(nn.Module):
 class FeatureExtractor(nn.Module):
     """Images (n, C, H, W), uint8 or floats in [-1, 1] -> units (n, N, D): DyGA table 9, with stride 2 and padding 1 in all 4x4 convolutions. H, W: multiples of 16.
     `lift`: hidden sizes of the network that makes a unit of a number; None: vector units, D numbers each straight from the trunk. `act`, `last`: as in `Lift`; EncDiff has (64, 128), nn.ELU and no last one."""
+    merges = "numbers"                                                     # what `merged` compiles: batch norms are slow one by one
     def __init__(self, shape, units=20, dim=32, width=64, hidden=4096, lift=(256, 512), act=nn.ReLU, last=True):
         super().__init__()
         c, size, other = shape
