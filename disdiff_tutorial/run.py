@@ -44,6 +44,8 @@ EXPERIMENTS = {                                                 # name -> functi
     "ivae/rooms": later("ivae.ivae_ddpm", "rooms_experiment"),
     "ivae/rooms-vae": later("ivae.ivae_ddpm", "rooms_experiment", model="VAE"),
     "ivae/rooms-ivae": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE"),
+    "ivae/rooms-normal": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE, normal sampling"),
+    "ivae/rooms-classes": later("ivae.ivae_ddpm", "rooms_experiment", model="classes"),
     "ivae/rooms-weighted": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE + DDPM, weighted"),
     "ivae/rooms-added": later("ivae.ivae_ddpm", "rooms_experiment", model="added"),
     "ivae/rooms-crossed": later("ivae.ivae_ddpm", "rooms_experiment", model="crossed"),
