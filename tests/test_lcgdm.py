@@ -194,9 +194,9 @@ def test_files_of_before_had_the_default_noise(tmp_path):
 
 def test_traversal_moves_one_number_from_one_noise():
     "Row by row what `sample` draws of the same codes and noise; the caller's code stays; lists will do."
-    model = alive(lcgdm()); code, noise = torch.tensor([.3, -.2, .1]), torch.randn(1, *SHAPE)
+    torch.manual_seed(0); model = alive(lcgdm()); code, noise = torch.tensor([.3, -.2, .1]), torch.randn(1, *SHAPE)
     rows = model.traverse(1, [-1., 2.], code, noise, steps=3)
-    for row, v in zip(rows, (-1., 2.)): assert torch.allclose(row, model.sample(1, [.3, v, .1], x=noise, steps=3)[0], atol=1e-5)
+    for row, v in zip(rows, (-1., 2.)): assert torch.allclose(row, model.sample(1, [.3, v, .1], x=noise, steps=3)[0], atol=1e-4)
     assert torch.equal(code, torch.tensor([.3, -.2, .1])) and torch.equal(rows, model.traverse(1, [-1., 2.], code.tolist(), noise, steps=3))
 
 def test_samples_do_not_depend_on_the_split_of_the_batch():
@@ -323,13 +323,12 @@ def test_codes_of_any_type_of_number():
         model = lcgdm(Corner(wrap=wrap)); model.fit(x, steps=2, size=8, progress=False)
         assert model.encode(x).dtype == torch.float32 and model.sample(2, model.encode(x[:2]), steps=1).isfinite().all()
 
-def test_a_record_of_all_of_dsprites(tmp_path, monkeypatch):
+def test_a_record_of_all_of_dsprites(tmp_path):
     "Its encoder is that of the record of Table 1, of the same scale and seed; without codes only pictures without a code are drawn."
     from disdiff_tutorial.lcgdm import latent_guidance
     from disdiff_tutorial.lcgdm.factorvae import load_autoencoders
     from disdiff_tutorial.run import run
     table = run("lcgdm/autoencoders", "smoke", out=tmp_path)
-    monkeypatch.setattr(latent_guidance, "records", lambda name: [table])
     free = run("lcgdm/dsprites-free", "smoke", out=tmp_path)
     assert free.config["encoder"] == "lcgdm/autoencoders, seed 0" and free.config["vae_steps"] == 2 and set(free.trainings) == {"net"}
     assert "fit, no code" in free.metrics and not [k for k in free.metrics if "prior" in k or "encoded" in k]

@@ -96,7 +96,7 @@ def test_the_first_answer_with_a_record_counts(tmp_path, found):
     assert T.own("lcgdm", 1, "LCG-DM / encoded", "FID", found=small | {"lcgdm/dsprites": [large]}).way.experiment != "lcgdm/dsprites"       # it has none
 
 def test_reasons_stand_where_no_number_does(found):
-    assert T.own("lcgdm", 1, "ID-GAN", "MIG", found=found) == "not built: a GAN" and T.own("lcgdm", 1, "VAE", "FID", found=found) == "no record"
+    assert T.own("lcgdm", 1, "ID-GAN", "MIG", found=found) == "not built: a GAN" and T.own("lcgdm", 1, "beta-VAE", "FID", found=found) == "no record"
     assert T.own("dyga", 4, "+DyGA", "DCI", found={}) == "no record"
 
 # ---- what is shown
