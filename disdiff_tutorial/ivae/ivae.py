@@ -239,6 +239,6 @@ def resnet(shape, outputs, codes, depth=18):
     require(h % 32 == w % 32 == 0 < h * w, "sides that can be halved five times", f"{h} x {w}", "pad or resize the images")
     encoder = getattr(torchvision.models, f"resnet{depth}")(num_classes=outputs)
     if c != 3: encoder.conv1 = nn.Conv2d(c, 64, 7, 2, 3, bias=False)
-    widths = [512, 256, 128, 64, 64, 64]
-    decoder = nn.Sequential(nn.Linear(codes, 512 * (h // 32) * (w // 32)), nn.Unflatten(1, (512, h // 32, w // 32)), *[Up(a, b) for a, b in zip(widths, widths[1:])], nn.Conv2d(64, c, 3, 1, 1))
+    widths = [512, 256, 128, 64, 64]
+    decoder = nn.Sequential(nn.Linear(codes, 512 * (h // 32) * (w // 32)), nn.Unflatten(1, (512, h // 32, w // 32)), *[Up(a, b) for a, b in zip(widths, widths[1:])], nn.Upsample(scale_factor=2), nn.Conv2d(64, c, 7, 1, 3))
     return encoder, decoder
