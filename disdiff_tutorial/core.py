@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'require', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float', 'to_uint8',
            'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors', 'load_tensors', 'halved',
-           'restore', 'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'judged_later', 'Config',
-           'effort', 'Unfinished']
+           'restore', 'progress_bar', 'code_version', 'libraries', 'device_name', 'Record', 'earlier', 'judged_later',
+           'Config', 'effort', 'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
 import contextlib, dataclasses, datetime, json, math, os, platform, random, subprocess, sys, tempfile, time
@@ -232,6 +232,12 @@ class Record:
         "Path of a file that belongs to this record, e.g. `file('.safetensors')`: beside the record, or among the shipped models."
         beside = self.folder / (self.stem + ending)
         return beside if beside.exists() else self.folder.parent / "models" / (self.stem + ending)
+
+def earlier(name, scale, seed=0, folder=None):
+    "The record of an experiment that another one builds on: from `folder`, from `runs_dir()`, or from those that come with the book; None where there is none."
+    book, file = checkout(), f"{Record(name, scale, seed).stem}.json"
+    found = [f / file for f in (folder, runs_dir(), book and book / "data" / "records") if f and (f / file).exists()]
+    return Record.load(found[0]) if found else None
 
 # %% ../nbs/00_core.ipynb #6693ec75
 def judged_later():

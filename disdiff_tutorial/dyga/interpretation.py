@@ -24,12 +24,12 @@ class Rounded(torch.nn.Module):
 
 TIDY = {None: lambda units, dim: None, "fsq": lambda units, dim: Rounded(dim), **{v: (lambda units, dim, v=v: DyGA(units, dim, variant=v)) for v in ("paper", "released", "bounded")}}
 
-def ablation_experiment(config, anchors=None, skip=0., whole=False, **options):
-    "The rooms, or the `whole` of the scenes, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`: `Config` -> `Record`. Scores of anchored models are taken with and without alignment."
+def ablation_experiment(config, anchors=None, skip=0., whole=False, latent=False, **options):
+    "The rooms, or the `whole` of the scenes, in pixels or in `latent`s, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`: `Config` -> `Record`. Scores of anchored models are taken with and without alignment."
     def change(model, sizes):
         if anchors: model.tidy, model.every = TIDY[anchors](sizes["units"], sizes["dim"]), sizes["every"]
         if skip: SkipDropout(skip, **options).attach(model.net)
-    return rooms_experiment(config, change, whole, anchors=anchors, skip=skip, **options)
+    return rooms_experiment(config, change, whole, latent, anchors=anchors, skip=skip, **options)
 
 def load_ablation(record):
     "The model of a record of `ablation_experiment`."

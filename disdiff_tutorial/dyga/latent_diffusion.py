@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VQ', 'VQ_SCENES', 'ROOMS', 'SCENES', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic',
            'hinge', 'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor',
-           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'rooms_experiment', 'Coded', 'look', 'note_scores',
-           'judge_units', 'load_model']
+           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'written_by', 'rooms_experiment', 'Coded', 'look',
+           'note_scores', 'judge_units', 'load_model']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, device, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, device, earlier, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
@@ -237,7 +237,7 @@ class LatentDiffusion(nn.Module):
     def __init__(self, extractor, autoencoder=None, tidy=None, every=0, sde=VPSDE(), **unet):
         super().__init__()
         require((tidy is None) == (every == 0) and every >= 0, "tidy and every (steps, 1 or more) together", f"{type(tidy).__name__} and {every}", "give both or none")
-        self.extractor, self.tidy, self.every, self.sde = extractor, tidy, every, sde
+        self.extractor, self.tidy, self.every, self.sde, self.known = extractor, tidy, every, sde, (None, None)
         self.autoencoder = autoencoder.eval().requires_grad_(False) if autoencoder is not None else None
         (c, h, w), f = extractor.shape, autoencoder.factor if autoencoder is not None else 1
         self.shape = (autoencoder.facts["dim"], h // f, w // f) if autoencoder is not None else (c, h, w)
@@ -265,21 +265,33 @@ class LatentDiffusion(nn.Module):
         "Units (n, N, D) without a gradient, 500 images at a time: what metrics see. `tidy=False` leaves out alignment."
         return torch.cat([self.units(part, tidy) for part in x.split(500)])
 
-    def loss(self, x, *_):
-        return dsm_loss(self.net, self.picture(x), self.sde, self.units(x), v_weight, middle_time)
+    def loss(self, x, picture=None):
+        "DyGA (2) on images x (n, C, H, W); `picture`: what the U-Net works on, if it is known."
+        return dsm_loss(self.net, self.picture(x) if picture is None else picture, self.sde, self.units(x), v_weight, middle_time)
+
+    @torch.no_grad()
+    def latents(self, data):
+        "A function factors -> latents (n, c, h, w), looked up in a table of the whole grid of a `FactorData`, in half precision; made once."
+        if self.known[0] is not data:
+            every = data.grid.factors(torch.arange(len(data.grid), device=data.device))
+            self.known = data, torch.cat([self.autoencoder.encode(data.images(f)).half() for f in every.split(1000)])
+        table, weights = self.known[1], torch.tensor(data.grid.weights, device=data.device)              # not `grid.index`, whose check waits for a GPU
+        return lambda factors: table[(factors * weights).sum(1)].float()
 
     def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
-        "Train on uint8 images (n, C, H, W) or a `FactorData`; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-        batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
-        before = None
+        "Train on uint8 images (n, C, H, W) or a `FactorData`, whose latents are made once; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        drawn, before = hasattr(data, "batches"), None
+        batches = data.batches(size, seed) if drawn else Batches(data, size=size, seed=seed)
+        latents = self.latents(data) if drawn and self.autoencoder is not None else None
         def get(step):
             nonlocal before
             if before is None: before = int(self.steps) - step             # steps of earlier calls, once a checkpoint is read
             if self.every and before + step and (before + step) % self.every == 0: self.reselect(batches, -(-pool // size))      # between steps, which can be recorded
-            return batches(step)
-        def loss(x, *_):
+            x, *factors = batches(step)
+            return (x, latents(*factors)) if latents else (x,)
+        def loss(x, *picture):
             self.steps += 1
-            return self.loss(x)
+            return self.loss(x, *picture)
         return fit(loss, self, get, steps=steps, lr=lr, graph=self.family, **kind)
 
     @torch.no_grad()
@@ -315,19 +327,28 @@ def shape_of(facts):
     "The options of `build` among the sizes of an experiment or the facts of its file."
     return {k: facts[k] for k in ("width", "extractor", "units", "dim", "side", "hidden") if k in facts}
 
-def rooms_experiment(config, change=None, whole=False, **how):
-    "The base model on the rooms, or on the `whole` of the scenes at 64 x 64: `Config` -> `Record`, the model beside it. `change(model, sizes)` alters the fresh model before it is trained; `how` is noted in the record."
+def written_by(config, whole):
+    "The record of the VQ-GAN whose latents an experiment works on: seed 0, the same scale."
+    name = "dyga/vqgan-scenes" if whole else "dyga/vqgan"
+    record = earlier(name, config.scale, 0, config.out)
+    require(record, f"a record of {name} at scale {config.scale}", "none", f"run it first: disdiff run {name} --scale {config.scale}")
+    return record
+
+def rooms_experiment(config, change=None, whole=False, latent=False, **how):
+    "The base model on the rooms, or on the `whole` of the scenes at 64 x 64, in pixels or in the `latent`s of a VQ-GAN: `Config` -> `Record`, the model beside it. `change(model, sizes)` alters the fresh model before it is trained; `how` is noted in the record."
     sizes = config.sizes(**(SCENES if whole else ROOMS))
     data = scenes(**sizes) if whole else rooms()
+    if latent: vq = written_by(config, whole); how["latent"] = vq.name
     seed_everything(config.seed)
-    model = build(**shape_of(sizes)).to(data.device)
+    model = build(**shape_of(sizes), autoencoder=load_vqgan(vq) if latent else None).to(data.device)
     if change: change(model, sizes); model.to(data.device)
     done = config.train("net", lambda **kind: model.fit(data, size=sizes["batch"], lr=2e-3, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
     record = config.record(lr=2e-3, **sizes, **how)
     record.curves["loss"], record.images = done.curve, done.images
     look(record, model.eval(), data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.state_dict()), **sizes, **how)
+    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(tensors), **sizes, **how)
     return record
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #b58c9a0f
@@ -370,5 +391,6 @@ def judge_units(record, tables, facts):
 def load_model(record, tidy=None):
     "The model of a record, in evaluation mode on the device at hand; `tidy`: the empty module for its anchors, if it has any."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    model = build(**shape_of(facts), tidy=tidy, every=facts["every"] if tidy is not None else 0)
-    return restore(model, tensors)
+    vq = load_vqgan(earlier(facts["latent"], record.scale, 0, record.folder)) if facts.get("latent") else None
+    model = build(**shape_of(facts), autoencoder=vq, tidy=tidy, every=facts["every"] if tidy is not None else 0)
+    return restore(model, tensors | {f"autoencoder.{k}": v for k, v in vq.state_dict().items()} if vq else tensors)

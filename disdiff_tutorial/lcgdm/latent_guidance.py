@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import Record, by_scale, check_images, checkout, device, load_tensors, require, runs_dir, save_tensors, seed_everything, to_float, to_uint8
+from ..core import by_scale, check_images, device, earlier, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import Reduced
 from ..data.sprites import Sprites
 from ..diffusion.dsm import T_MIN, drop_cond, dsm_loss, middle_time, soft_truncation, unit, v_weight
@@ -182,10 +182,8 @@ TABLE = {0.: "VAE", 10.: "FactorVAE, gamma 10", 20.: "FactorVAE"}
 
 def made_before(config, gamma):
     "The autoencoder of this gamma from the record `lcgdm/autoencoders` of the same scale and seed, and the record; or None twice."
-    name, folders = f"{Record('lcgdm/autoencoders', config.scale, config.seed).stem}.json", [config.out, runs_dir()] + ([checkout() / "data" / "records"] if checkout() else [])
-    path = next((folder / name for folder in folders if (folder / name).exists()), None)
-    if path is None or gamma not in TABLE: return None, None
-    return load_autoencoders(Record.load(path))[TABLE[gamma]], Record.load(path)
+    before = earlier("lcgdm/autoencoders", config.scale, config.seed, config.out)
+    return (load_autoencoders(before)[TABLE[gamma]], before) if before and gamma in TABLE else (None, None)
 
 def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=False, drop=.1):
     """Both stages on the squares, or the `whole` of dSprites: `Config` -> `Record`, with the model beside it. `dear`: a code that is dear at first; `truncated`: times by soft truncation; `drop` = 1: a net without codes.
