@@ -6,10 +6,11 @@ from pretend_gpu import pretend_gpu
 from disdiff_tutorial import core, run as runner
 from disdiff_tutorial.core import Record, checkout
 from disdiff_tutorial.dyga import skip_dropout
+from disdiff_tutorial.dyga.latent_diffusion import VQGAN
 from disdiff_tutorial.lcgdm import latent_guidance
 
 FEW = dict(batch=2, size=2, frozen=2, steps=5, vae_steps=5, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, bounds=0, evaluations=2)
-NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites-truncated", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-fsq", "dyga/skips",
+NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites-truncated", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "ivae/dsprites-resnet18", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-latent", "dyga/scenes-fsq", "dyga/skips",
          "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/digits"]
 SIZES = {}                                                             # what was asked for at gpu, before it was cut
 
@@ -31,6 +32,8 @@ def small(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_and_data_of_gpu_fit(name, small, tmp_path, monkeypatch):
+    vq, autoencoder = Record("dyga/vqgan-scenes", "gpu", 0), VQGAN()                  # whose latents one of them works on
+    if "latent" in name: vq.save(tmp_path); core.save_tensors(tmp_path / f"{vq.stem}.safetensors", core.halved(autoencoder.tensors()), **autoencoder.facts)
     with pretend_gpu(monkeypatch): record = runner.run(name, "gpu", out=tmp_path)
     assert SIZES and (record.metrics or record.waiting) and record.scale == "gpu"
     for path in tmp_path.glob("*.safetensors"):

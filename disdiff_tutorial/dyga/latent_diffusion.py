@@ -319,9 +319,9 @@ def build(width, extractor, units, dim, side=32, hidden=256, **kw):
     return LatentDiffusion(FeatureExtractor((3, side, side), units, dim, extractor, hidden=hidden, lift=(64, 128)), width=width, **kw)
 
 def scenes(few=False, **_):
-    "The scenes at 64 x 64, all 480,000; `few`: 972 of them."
+    "The scenes at 64 x 64, all 480,000; `few`: 128 of them."
     data = Scenes(64)
-    return Reduced(data, **{name: [0, 1, 2] for name in data.grid.names if name != "shape"}) if few else data
+    return Reduced(data, **{name: [0, 1] for name in data.grid.names if name != "shape"}) if few else data
 
 def shape_of(facts):
     "The options of `build` among the sizes of an experiment or the facts of its file."
