@@ -11,7 +11,7 @@ from disdiff_tutorial.dyga.anchoring import DyGA
 from disdiff_tutorial.dyga.disdiff import won, build as build_disdiff
 from disdiff_tutorial.dyga.interpretation import Rounded, ablation_experiment, attention_maps, groups, interchange, listening, load_ablation, slerp, swapped
 from disdiff_tutorial.dyga.latent_diffusion import (ROOMS, VQGAN, Codebook, Coded, FeatureExtractor, LatentDiffusion, Lift, adaptive_weight, build, codebook_use, hinge,
-                                                    load_vqgan, patch_critic, vqgan_experiment)
+                                                    load_vqgan, patch_critic, rooms_experiment, vqgan_experiment)
 
 @pytest.fixture(scope="module")
 def data(): return rooms("cpu")
@@ -20,6 +20,12 @@ def data(): return rooms("cpu")
 def x(data): return data.sample(12, torch.Generator().manual_seed(0))[0]
 
 def extractor(**kw): torch.manual_seed(0); return FeatureExtractor((3, 32, 32), **{"units": 4, "dim": 6, "width": 8, "hidden": 32, **kw})
+
+def batch_only(batches):
+    "Batches without their factors, as a data set that is not a grid gives them."
+    class Drawn:
+        def batches(self, size, seed): return lambda step: batches(step)[:1]
+    return Drawn()
 
 def anchored(data, variant="bounded", **kw):
     "A small model whose anchors are chosen."
@@ -125,6 +131,26 @@ def test_on_latents(x):
     torch.manual_seed(0); model = LatentDiffusion(extractor(), VQGAN(width=8, size=64), width=16).train()
     assert model.shape == (3, 8, 8) and not model.autoencoder.training and not any(p.requires_grad for p in model.autoencoder.parameters())
     model.loss(x).backward(); assert model.extractor.trunk[0].weight.grad is not None and model.eval().sample(model.encode(x), steps=2).shape == (12, 3, 32, 32)
+
+def test_latents_are_made_once_and_train_alike(data):
+    "A table of latents, in half precision, in place of the encoder at every step: the same weights but for its rounding; the encoder sees each picture of the grid once."
+    weights, seen = [], []
+    for asked in (True, False):
+        torch.manual_seed(0); model = LatentDiffusion(extractor(), VQGAN(width=8, size=64), width=16); encode = model.autoencoder.encode
+        model.autoencoder.encode = lambda y: seen.append(len(y)) or encode(y)
+        batches = data.batches(16, 0)
+        for _ in range(2): model.fit(data, steps=2, size=16, progress=False) if asked else model.fit(batch_only(batches), steps=2, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in model.net.parameters()]))
+    assert seen[:4] == [1000] * 4 and seen[4:] == [16] * 4 and torch.allclose(*weights, atol=1e-3) and not torch.equal(*weights)
+
+def test_an_experiment_on_latents_needs_a_vqgan(tmp_path, x, monkeypatch):
+    "Its one line names the run that is missing; with it, the model comes back whole from a file without the autoencoder."
+    monkeypatch.setenv("DISDIFF_RUNS", str(tmp_path)); config = Config("dyga/rooms-latent", "smoke", 0, None, tmp_path)
+    with pytest.raises(ValueError, match="expected a record of dyga/vqgan at scale smoke, found none: run it first: disdiff run dyga/vqgan --scale smoke"): rooms_experiment(config, latent=True)
+    vq = vqgan_experiment(Config("dyga/vqgan", "smoke", 0, None, tmp_path)); vq.save(tmp_path)
+    record = rooms_experiment(config, latent=True); record.save(tmp_path); back = load_ablation(record)
+    assert not any("autoencoder" in k for k in load_tensors(record.file(".safetensors"))[0]) and torch.equal(back.autoencoder.encode(x), load_vqgan(vq).encode(x))
+    assert back.sample(back.encode(x), steps=2).shape == (12, 3, 32, 32)
 
 
 # --- anchors on disk --------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal, OneHotCategorical, kl_divergence
+from disdiff_tutorial.core import Config, load_tensors
 from disdiff_tutorial.data.factors import Rotated
 from disdiff_tutorial.ivae import ivae
 from disdiff_tutorial.ivae.ivae import CategoricalIVAE, IVAE, categorical_kl, cnn, gaussian_kl, kl_balanced, kl_split, layers, mixed, notes, rotated_score, straight_through
+from disdiff_tutorial.ivae.ivae_ddpm import ROOMS, SCORES, SHARES, balance_experiment, rooms_experiment, swings
 from disdiff_tutorial.ivae.variance_posterior import (MAX_VARIANCE, check_factors, exact_draw, grid_draw, half_width, least_variance, likelihood, marginal, posterior, posterior_cdf,
                                                       random_segment, sample_pair, sample_variance)
 from disdiff_tutorial.metrics.disentanglement import mcc
@@ -217,3 +219,32 @@ def test_networks_for_images(shape):
         encoder, decoder = build(shape, 8, 4)
         with torch.no_grad(): assert encoder(torch.zeros(2, *shape)).shape == (2, 8) and decoder(torch.zeros(2, 4)).shape == (2, *shape)
     assert ivae.Up(64, 32)(torch.zeros(1, 64, 3, 5)).shape == (1, 32, 6, 10)
+
+# The experiments on pictures
+
+def test_swings_move_one_number_at_a_time():
+    "The loudest numbers first; each row keeps the rest at their means; a factor that nobody knows adds nothing."
+    f = torch.stack([torch.arange(600) % 10, torch.arange(600) // 60], 1); codes = torch.stack([torch.rand(600, generator=gen()), f[:, 0] + .01 * torch.rand(600, generator=gen(1)), -f[:, 1].float()], 1)
+    loud, lines = swings(codes, f, n=5, most=2)
+    assert set(loud) == {1, 2} and lines.shape == (10, 3)
+    for part, j in zip(lines.split(5), loud):
+        rest = [k for k in range(3) if k != j]
+        assert torch.allclose(part[:, rest], codes.mean(0)[rest].expand(5, -1)) and (part[:, j].diff() > 0).all()
+        assert part[0, j] == pytest.approx(codes[:, j].quantile(.02).item(), abs=1e-5) and part[-1, j] == pytest.approx(codes[:, j].quantile(.98).item(), abs=1e-5)
+
+def test_a_pair_of_weights_for_each_cell_of_table_7(tmp_path):
+    "The summary that the record keeps is that of its cells; without a backward weight the loss is the plain one."
+    record = balance_experiment(Config("ivae/rooms-balance", "smoke", 0, None, tmp_path)); weights = SHARES[::record.config["every"]]
+    assert len(record.metrics) == len(SCORES) * len(weights) * (len(weights) + 3)
+    for key in SCORES:
+        for kl in weights:
+            cells = [record.metrics[f"{key}, {kl:g} and {back:g}"]["value"] for back in weights]
+            assert record.metrics[f"{key}, {kl:g}, mean"]["value"] == pytest.approx(sum(cells) / len(cells)) and record.metrics[f"{key}, {kl:g}, max"]["value"] == max(cells)
+
+def test_what_is_kept_of_a_resnet(tmp_path):
+    "Codes of drawn pictures, what the decoders draw, no weights; half the steps."
+    record = rooms_experiment(Config("ivae/sprites-resnet18", "smoke", 0, None, tmp_path), model="iVAE + DDPM, ResNet-18", world="sprites")
+    tensors, facts = load_tensors(tmp_path / f"{record.stem}.safetensors")
+    n = record.config["points"]
+    assert tensors["codes"].shape == tensors["drawn"].shape == (n, 10) and tensors["factors"].shape == (n, 4) and record.config["steps"] == ROOMS["smoke"]["steps"] // 2
+    assert tensors["swings/decoder"].shape == tensors["swings/diffusion"].shape == (28, 1, 32, 32) and not any("weight" in k for k in tensors) and facts["model"] == "iVAE + DDPM, ResNet-18"

@@ -280,9 +280,8 @@ class LatentDiffusion(nn.Module):
 
     def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
         "Train on uint8 images (n, C, H, W) or a `FactorData`, whose latents are made once; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-        drawn, before = hasattr(data, "batches"), None
-        batches = data.batches(size, seed) if drawn else Batches(data, size=size, seed=seed)
-        latents = self.latents(data) if drawn and self.autoencoder is not None else None
+        batches, before = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed), None
+        latents = self.latents(data) if hasattr(data, "grid") and self.autoencoder is not None else None
         def get(step):
             nonlocal before
             if before is None: before = int(self.steps) - step             # steps of earlier calls, once a checkpoint is read
