@@ -289,6 +289,7 @@ class Config:
         left = None if self.minutes is None else max(self.minutes - (time.monotonic() - self.began) / 60, 1e-9)
         done = fit(steps=steps, minutes=left, checkpoint=self.resume(part))
         self.trainings[part] = effort(done); taken = self.trainings[part]["steps"]
+        if part in self.cut: self.cut[part][0] = taken                         # a training of two stages that was resumed may have made more than its last call planned
         if taken < steps: raise Unfinished(f"{self.name}: time is up in {part!r}, after {taken:,} of {steps:,} steps")
         return done
 
