@@ -1850,5 +1850,8 @@ d = { 'settings': { 'branch': 'main',
                                         'disdiff_tutorial.sweep.open_study': ('sweep.html#open_study', 'disdiff_tutorial/sweep.py'),
                                         'disdiff_tutorial.sweep.ranking': ('sweep.html#ranking', 'disdiff_tutorial/sweep.py'),
                                         'disdiff_tutorial.sweep.read_space': ('sweep.html#read_space', 'disdiff_tutorial/sweep.py'),
+                                        'disdiff_tutorial.sweep.search_experiment': ( 'sweep.html#search_experiment',
+                                                                                      'disdiff_tutorial/sweep.py'),
                                         'disdiff_tutorial.sweep.suggest': ('sweep.html#suggest', 'disdiff_tutorial/sweep.py'),
+                                        'disdiff_tutorial.sweep.summed_up': ('sweep.html#summed_up', 'disdiff_tutorial/sweep.py'),
                                         'disdiff_tutorial.sweep.sweep': ('sweep.html#sweep', 'disdiff_tutorial/sweep.py')}}}
