@@ -102,3 +102,6 @@ def test_every_chapter_is_in_the_sidebar():
     listed = re.findall(r"- ([\w/]+\.ipynb)", (ROOT / "_quarto.yml").read_text())
     assert listed == [p.relative_to(ROOT / "nbs").as_posix() for p in BOOK]
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink()
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data/models").glob("*.safetensors")), ids=lambda p: p.stem)
+def test_weights_are_small(path): assert path.stat().st_size < 12e6

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spread', 'init_gaussians', 'with_room', 'to_split', 'split', 'put', 'drop_small', 'paper_delta', 'bounded_delta',
-           'gumbel', 'DyGA', 'snap', 'FSQ']
+           'gumbel', 'DyGA', 'packed', 'unpacked', 'snap', 'FSQ']
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #92aeb60b
 import torch
@@ -184,6 +184,20 @@ class DyGA(nn.Module):
         return c + self.strength * (-((c - mu).abs() / (c + 1e-6).abs()).mean()).exp() * (mu - c)
 
     def forward(self, features): return self.align(features)
+
+# %% ../../nbs/dyga/62_anchoring.ipynb #b309a278
+def packed(tensors):
+    "The state of a model whose anchors are in `tidy`, or without any, with each cluster's own d_k axes alone: `tidy.axes` (U, K, p, p) becomes (sum of d_k, p)."
+    if "tidy.axes" not in tensors: return tensors
+    axes, dims = tensors["tidy.axes"], tensors["tidy.dims"]
+    return tensors | {"tidy.axes": axes.mT[torch.arange(axes.shape[-1], device=axes.device) < dims[..., None]]}
+
+def unpacked(tensors):
+    "`packed` backwards: axes (U, K, p, p), each cluster's own ones, completed by some that are orthogonal to them."
+    if "tidy.axes" not in tensors: return tensors
+    own, dims = tensors["tidy.axes"].double(), tensors["tidy.dims"]
+    whole = [torch.cat([mine.T, torch.linalg.qr(mine.T, mode="complete")[0][:, len(mine):]], 1) for mine in own.split(dims.flatten().tolist())]
+    return tensors | {"tidy.axes": torch.stack(whole).unflatten(0, tuple(dims.shape))}
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #215c1cd4
 def snap(b, levels):

@@ -17,6 +17,7 @@ from ..diffusion.dsm import T_MIN, dsm_loss, middle_time, v_weight
 from ..diffusion.sde import VPSDE, like
 from ..diffusion.training import fit
 from ..diffusion.unet import AdaGN, UNet, zero
+from .anchoring import packed, unpacked
 from .interpretation import TIDY
 from .latent_diffusion import FeatureExtractor, LatentDiffusion, look, note_scores
 from .skip_dropout import SkipDropout
@@ -165,10 +166,10 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     for name, value in zip(("rounds won by what moved", "rounds won by what came nearer", "noise error relative to the frozen net"), won(model, x, config.seed)): record.add(name, value, len(x), "draws of the training grid")
     look(record, model, data)
     note_scores(record, model.encode, data, sizes["points"])
-    save_tensors(config.out / f"{record.stem}.safetensors", halved(model.state_dict()), **how)
+    save_tensors(config.out / f"{record.stem}.safetensors", halved(packed(model.state_dict())), **how)
     return record
 
 def load_disdiff(record):
     "The model of a record of `disdiff_experiment`, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    return restore(build(**facts), tensors)
+    return restore(build(**facts), unpacked(tensors))

@@ -346,7 +346,8 @@ def rooms_experiment(config, change=None, whole=False, latent=False, **how):
     record.curves["loss"], record.images = done.curve, done.images
     look(record, model.eval(), data)
     note_scores(record, model.encode, data, sizes["points"])
-    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")}
+    from disdiff_tutorial.dyga.anchoring import packed                          # of chapter 62
+    tensors = packed({k: v for k, v in model.state_dict().items() if not k.startswith("autoencoder.")})
     save_tensors(config.out / f"{record.stem}.safetensors", halved(tensors), **sizes, **how)
     return record
 
@@ -389,7 +390,8 @@ def judge_units(record, tables, facts):
 
 def load_model(record, tidy=None):
     "The model of a record, in evaluation mode on the device at hand; `tidy`: the empty module for its anchors, if it has any."
+    from disdiff_tutorial.dyga.anchoring import unpacked
     tensors, facts = load_tensors(record.file(".safetensors"))
     vq = load_vqgan(earlier(facts["latent"], record.scale, 0, record.folder)) if facts.get("latent") else None
     model = build(**shape_of(facts), autoencoder=vq, tidy=tidy, every=facts["every"] if tidy is not None else 0)
-    return restore(model, tensors | {f"autoencoder.{k}": v for k, v in vq.state_dict().items()} if vq else tensors)
+    return restore(model, unpacked(tensors) | ({f"autoencoder.{k}": v for k, v in vq.state_dict().items()} if vq else {}))
