@@ -82,6 +82,8 @@ EXPERIMENTS = {                                                 # name -> functi
     "dyga/rooms-sd": later("dyga.interpretation", "ablation_experiment", skip=.2),
     "dyga/rooms-both": later("dyga.interpretation", "ablation_experiment", anchors="bounded", skip=.2),
     "dyga/rooms-latent": later("dyga.latent_diffusion", "rooms_experiment", latent=True),
+    "dyga/rooms-latent-dyga": later("dyga.interpretation", "ablation_experiment", anchors="bounded", latent=True),
+    "dyga/rooms-latent-sd": later("dyga.interpretation", "ablation_experiment", skip=.2, latent=True),
     "dyga/rooms-latent-both": later("dyga.interpretation", "ablation_experiment", anchors="bounded", skip=.2, latent=True),
     "dyga/scenes": later("dyga.latent_diffusion", "rooms_experiment", whole=True),
     "dyga/scenes-dyga": later("dyga.interpretation", "ablation_experiment", anchors="bounded", whole=True),
