@@ -36,7 +36,7 @@ def _at_least(least, **given):
         require(ok, f"{name} as whole numbers from {least} on", value, "choose another")
 
 def _measurable(table, name):
-    "Refuse columns that vary by less than 1e-100 or more than 1e100, or by more than their type tells apart: their variance would be 0 or infinite."
+    "Refuse columns that vary by less than 1e-100 or more than 1e100, or by more than their type tells apart: squares of their variances would be 0 or infinite."
     low, high = table.amin(0), table.amax(0)
     spans = torch.stack([(high - low).double(), high.double() - low.double()])
     wrong = ((low != high) & ((spans < 1e-100) | (spans > 1e100)).any(0)).nonzero().flatten().tolist()

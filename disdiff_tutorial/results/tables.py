@@ -64,9 +64,10 @@ def at_hand():
     return {name: per_seed(r for r in rs if r.scale == rs[0].scale) for name, rs in found.items()}
 
 def reading(record, metric):
-    "The value of a metric of a record, the number n behind it and its split; `config.x`: its setting x. None if it has no such thing."
+    "The value of a metric of a record, the number n behind it and its split; `config.x`: its setting x, `config.x.y` one within. None if it has no such thing."
     if metric.startswith("config."):
-        value = record.config.get(metric.removeprefix("config."))
+        value = record.config
+        for key in metric.split(".")[1:]: value = value.get(key) if isinstance(value, dict) else None
         return None if value is None else (float(value), None, "a setting")
     m = record.metrics.get(metric)
     return m and (m["value"], m["n"], m["split"])
