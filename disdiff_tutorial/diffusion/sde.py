@@ -72,7 +72,7 @@ class VPSDE(SDE):
     def diffusion(self, t): return self.beta(t).sqrt()
 
 class SubVPSDE(VPSDE):
-    "The same drift with less noise: sigma = 1 - alpha^2, the VP-SDE's variance. Used by the score-component paper."
+    "The same drift with less noise: sigma = 1 - alpha^2, the VP-SDE's variance. Used by the released code of the score-component paper."
     def sigma(self, t): return -torch.expm1(2 * self.log_alpha(t))
     def diffusion(self, t): return (-self.beta(t) * torch.expm1(4 * self.log_alpha(t))).sqrt()
 
