@@ -1,5 +1,5 @@
 "Published and own numbers side by side: the map between them holds, own numbers are those of the records, and no cell is empty without a reason."
-import inspect, json, math, re, shutil, statistics
+import functools, inspect, json, math, re, shutil, statistics
 from pathlib import Path
 import pytest, torch
 from disdiff_tutorial.core import Config, Record, Unfinished, load_tensors, seed_everything
@@ -55,7 +55,7 @@ def test_own_numbers_are_those_of_the_records(found):
     raw = [json.loads(p.read_text()) for p in (ROOT / "data/records").glob("*.json")]
     for t in NUMBERS:
         for (row, column), o in T.table(*t, listed, found).owned().items():
-            if o.way.metric.startswith("config."): values = [r["config"][o.way.metric[7:]] for r in raw if (r["name"], r["scale"]) == (o.way.experiment, o.scale)]
+            if o.way.metric.startswith("config."): values = [functools.reduce(dict.__getitem__, o.way.metric.split("."), r) for r in raw if (r["name"], r["scale"]) == (o.way.experiment, o.scale)]
             else: values = [r["metrics"][o.way.metric]["value"] for r in raw if (r["name"], r["scale"]) == (o.way.experiment, o.scale) and o.way.metric in r["metrics"]]
             assert math.isclose(o.value, max(values) if column.endswith("/ max") else sum(values) / len(values), rel_tol=1e-9, abs_tol=1e-12)
             assert len(o.seeds) == len(values) == len(o.links) and o.scale != "smoke"
