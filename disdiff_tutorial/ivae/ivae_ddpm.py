@@ -219,7 +219,7 @@ def balance_experiment(config):
     sizes, data = config.sizes(smoke=HALF["smoke"] | dict(points=100, every=5), cpu=HALF["cpu"] | dict(every=1)), rooms()
     seed_everything(config.seed)
     factors = data.grid.factors(torch.arange(len(data), device=data.device)); x, u = data.images(factors), notes(centred(factors, data.grid), "exact")[0]
-    record, weights = config.record(lr=1e-3, lambda_rec=.1, **sizes), SHARES[::sizes["every"]]
+    record, weights = config.record(lr=1e-3, **{k: v for k, v in sizes.items() if k != "lambda_KL"}), SHARES[::sizes["every"]]
     for kl in weights:
         for back in (0., *weights):
             seed_everything(config.seed)
