@@ -24,7 +24,7 @@ STYLE = {
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "image.cmap": "cividis", "figure.constrained_layout.use": True}
 
 def figure(width=7, height=2.6, rows=1, cols=1, **kw):
-    "A figure of `width` x `height` inches in the book's style, and its axes (one, or an array as plt.subplots gives)."
+    "A figure of `width` x `height` inches in the book's style, which stays on for what is drawn after it, and its axes (one, or an array as plt.subplots gives)."
     import matplotlib as mpl, matplotlib.pyplot as plt
     mpl.rcParams.update({**STYLE, "axes.prop_cycle": mpl.cycler(color=COLOURS)})
     return plt.subplots(rows, cols, figsize=(width, height), **kw)

@@ -45,9 +45,10 @@ def check_space(space):
 
 # %% ../nbs/03_sweep.ipynb #3240d871
 def open_study(name, at, space, metric, folder, seed=None, low=False, seeds=(0,)):
-    "The optuna study of experiment `name` at scale `at` in the journal of `folder`, a new one or one begun; one line if it was begun with another space, metric, direction or other seeds. `seed`: of the search."
+    "The optuna study of experiment `name` at scale `at` in the journal of `folder`, a new one or one begun; one line if trials were begun with another space, metric, direction or other seeds. `seed`: of the search."
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.trial import TrialState
     optuna.logging.set_verbosity(optuna.logging.ERROR)                         # its warnings say again what the error says
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     journal = str(folder / "journal.log")
@@ -56,7 +57,7 @@ def open_study(name, at, space, metric, folder, seed=None, low=False, seeds=(0,)
     begun = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else seed + begun, constant_liar=True)      # one that goes on must not draw its first settings again
     asked = {"space": space, "metric": metric, "low": low, "seeds": list(seeds)}
-    if "asked" not in study.user_attrs: study.set_user_attr("asked", asked)
+    if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)): study.set_user_attr("asked", asked)      # a first call in error binds nobody
     require(study.user_attrs["asked"] == asked, f"what the journal was begun with, {study.user_attrs['asked']}", asked, "use that, or another folder")
     return study
 

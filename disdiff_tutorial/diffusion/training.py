@@ -142,6 +142,8 @@ class State:
         require(named, "parameters to train", "none", "pass a module whose parameters require gradients")
         self.module, self.names, self.trained = module, list(named), list(named.values())
         self.average = [p.detach().clone() for p in self.trained]
+        strange = [k for k in lr if not any(name.startswith(k) for name in self.names)] if isinstance(lr, dict) else []
+        require(not strange, f"rates by beginnings of {', '.join(self.names[:3])}, ...", ", ".join(map(repr, strange)), "correct them, they would set nothing")
         groups = {}
         for name in self.names: groups.setdefault(rate_of(name, lr), []).append(name)
         self.order = [name for names in groups.values() for name in names]   # as Adam numbers them: it changes with the rates

@@ -27,7 +27,7 @@ def gaussian_kl(q, p):
 # %% ../../nbs/ivae/51_ivae.ipynb #7dfcf7f2
 def kl_balanced(q, p, forward=1., backward=0., kl=gaussian_kl):
     "forward KL(q || p) + backward KL(p || q), (n,) in nats: the paper's KL balancing, section 2.7."
-    total = forward * kl(q, p)
+    total = forward * kl(q, p) if forward or not backward else 0.                # 0 times an infinite direction would be NaN
     return total + backward * kl(p, q) if backward else total
 
 # %% ../../nbs/ivae/51_ivae.ipynb #e618072c
@@ -79,7 +79,8 @@ class IVAE(nn.Module):
 
     def noted(self, u, n):
         "Notes u (n, aux) as the prior encoder sees them: numbers around 0."
-        require(u is not None and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", "none" if u is None else tuple(u.shape), "give one row for each x, or build with aux=0")
+        found = tuple(u.shape) if torch.is_tensor(u) else "none" if u is None else type(u).__name__
+        require(torch.is_tensor(u) and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", found, "give one row for each x, or build with aux=0")
         return (u.to(self.shift.dtype) - self.shift) / self.scale
 
     def conditional_prior(self, u, n):
@@ -130,6 +131,7 @@ def notes(z, kind):
     if kind == "normal": u = .01 + (1 / 12 - .01) * torch.rand_like(z); return u, (u.sqrt() * torch.randn_like(z)).clamp(-.5, .5)
     return u, z
 
+# %% ../../nbs/ivae/51_ivae.ipynb #51e409ca
 def rotated_score(seed, steps, points, aux, notes_="exact", hidden=(), mean=False, rec=30., kl=1., back=0., train=lambda fit, steps: fit(steps=steps)):
     "Train on one rotation, judge on 5,000 fresh points with uniform factors: MCC (Pearson and Spearman), MIG with ten bins a factor, and seconds. `train`: who calls `IVAE.fit`."
     seed_everything(seed)
@@ -170,7 +172,8 @@ def straight_through(probs):
     "One-hot samples (..., classes) of probs, exact zeros and ones, with the gradient of probs: Listing 1 of the paper."
     ok = probs.ndim and bool(((probs >= 0).all() & ((probs.sum(-1) - 1).abs() < 1e-3).all()))
     require(ok, "class probabilities that are not negative and sum to 1 along the last axis", f"values {tuple(probs.shape)} that do not", "take a softmax first")
-    sample = torch.distributions.OneHotCategorical(probs=probs, validate_args=False).sample()
+    picked = torch.distributions.Categorical(probs=probs, validate_args=False).sample()
+    sample = F.one_hot(picked, probs.shape[-1]).to(probs)
     return sample + (probs - probs.detach())                               # the bracket is exactly 0
 
 def mixed(logits, uniform=.01):

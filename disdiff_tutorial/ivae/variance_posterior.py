@@ -30,7 +30,7 @@ def likelihood(z, s):
 # %% ../../nbs/ivae/50_variance_posterior.ipynb #9f942f99
 def check_factors(z, eps):
     "Raise unless z are floats in [-1/2, 1/2] and eps is in [0, 1/12]."
-    require(torch.is_tensor(z) and z.is_floating_point(), "z as a tensor of floats", getattr(z, "dtype", type(z).__name__), "scale labels to [-1/2, 1/2] first")
+    require(torch.is_tensor(z) and z.is_floating_point(), "z as a tensor of floats", z.dtype if torch.is_tensor(z) else type(z).__name__, "make it one, with labels scaled to [-1/2, 1/2]")
     require(bool((z.abs() <= .5 + 1e-6).all()), "z in [-1/2, 1/2]", f"{z.min():.4g} to {z.max():.4g}" if z.numel() else "none", "centre and scale the factors")
     require(0 <= eps <= MAX_VARIANCE, "eps from 0 to 1/12", eps, "the paper uses 0.01")
 

@@ -251,7 +251,7 @@ def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule
         model.kl_weight, model.tc_weight = rest[-1]
         return model.loss(x)
     record = schedule and recordable("autoencoders", where)
-    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr, "critic": critic_lr}, clip=math.inf, ema=0, graph="autoencoders", **kind)
+    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr} | ({"critic": critic_lr} if hasattr(model, "critic") else {}), clip=math.inf, ema=0, graph="autoencoders", **kind)
     if record: model.kl_weight, model.tc_weight = schedule(1.)
     return done
 
