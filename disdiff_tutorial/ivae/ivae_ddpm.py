@@ -26,11 +26,14 @@ from ..metrics.disentanglement import dci, mcc, mig, modularity, mutual_informat
 def centred(factors, grid):
     "The factors that vary as numbers in [-1/2, 1/2], the middles of equal cells: (n, K) whole -> (n, varying) floats."
     sizes = torch.tensor(grid.sizes, device=factors.device)
+    require(factors.ndim == 2 and factors.shape[1] == len(sizes) and bool(((factors >= 0) & (factors < sizes)).all()), f"factors (n, {len(sizes)}) from 0 to below {tuple(grid.sizes)}", tuple(factors.shape), "take them from grid.factors or grid.sample")
     return ((factors + .5) / sizes - .5)[:, sizes > 1]
 
 def nearest(z, grid):
-    "The factors (n, K) whole whose cells hold the numbers z (n, varying) in [-1/2, 1/2]: `centred` backwards."
+    "The factors (n, K) whole whose cells hold the numbers z (n, varying) in [-1/2, 1/2]: `centred` backwards. Numbers beyond belong to the outermost cells."
     sizes = torch.tensor(grid.sizes, device=z.device)
+    varying = int((sizes > 1).sum())
+    require(z.ndim == 2 and z.shape[1] == varying and not bool(z.isnan().any()), f"numbers (n, {varying}), none of them NaN", tuple(z.shape), "give one for each factor that varies")
     out = torch.zeros(len(z), len(sizes), dtype=torch.long, device=z.device)
     out[:, sizes > 1] = ((z + .5) * sizes[sizes > 1]).floor().long().clamp(min=0).minimum(sizes[sizes > 1] - 1)
     return out
@@ -101,13 +104,20 @@ class IVAEDDPM(nn.Module):
         if self.ivae.aux: self.ivae.standardise(u)
         return fit(lambda *batch: self.loss(*batch, time=time, weighting=weighting), self, Batches(*((x, u) if self.ivae.aux else (x,)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if time in (uniform_time, middle_time) else None, **kind)
 
+    def told(self, code):
+        "Codes (n, codes) of any kind of number as the networks take them, on their device."
+        require(torch.is_tensor(code) and code.ndim == 2 and code.shape[1] == self.ivae.codes, f"codes (n, {self.ivae.codes})", tuple(code.shape) if torch.is_tensor(code) else type(code).__name__, "take them from `encode`")
+        return code.to(self.net.null)
+
     def sample(self, code, guidance=4., steps=20, x=None, generator=None, **kind):
         "Images (n, C, H, W) in [-1, 1] of codes (n, codes) by the diffusion model, guided by (10)."
+        code = self.told(code)
+        require(len(code), "one code or more", 0, "give a row for each image")
         return sample(self.net, self.sde, (len(code), *self.shape), code, guidance=guidance, steps=steps, x=x, generator=generator, **kind)
 
     def decode(self, code):
         "The iVAE's own drawing of codes (n, codes), in [-1, 1]."
-        with torch.no_grad(): return self.ivae.decoder(code).clamp(-1, 1)
+        with torch.no_grad(): return self.ivae.decoder(self.told(code)).clamp(-1, 1)
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #2d59e6d8
 def beta_time(a=3., b=1.):
@@ -128,6 +138,7 @@ MODELS = {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM
 def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, net=UNet, zeros=True, kind=IVAE, depth=None, kl=1e-4, back=0., mean=False, **_):
     "An `IVAE`, one of another `kind` with ten classes a code, or an `IVAEDDPM` around one, with the paper's weights: 0.1 for the mean squared error, 1e-4 for the KL. CNNs, or a ResNet of `depth`. `mean`: the notes shift the prior, too."
     outputs, wide = (10, 10) if kind is CategoricalIVAE else (2, 1)
+    require(not (mean and kind is CategoricalIVAE), "mean=False with classes", "mean=True", "let the notes shift the prior of codes that are numbers")
     encoder, decoder = resnet(shape, outputs * codes, codes, depth) if depth else cnn(shape, outputs * codes, wide * codes, cnn_width)
     ivae = kind(encoder, decoder, codes, aux, rec=rec / torch.Size(shape).numel(), kl=kl, back=back, **(dict(mean=True) if mean else {}))
     return IVAEDDPM(ivae, shape, zeros=zeros, net=net, width=width, stem=stem) if ddpm else ivae
@@ -164,7 +175,7 @@ def look(record, net, x):
     if ivae is not net: record.looks["diffusion"] = to_uint8(net.sample(z, generator=torch.Generator().manual_seed(record.seed)))
 
 def seen(encode, data, n, seed=0):
-    "What the scores see, on the CPU by name: codes and the factors that vary of n drawn pictures, and of n others."
+    "What the scores see, on the CPU by name: codes and the factors that vary of n drawn pictures, and of a second draw of n."
     g = torch.Generator().manual_seed(seed)
     keep = [k for k, s in enumerate(data.grid.sizes) if s > 1]
     (a, f), (b, h) = (data.sample(n, g) for _ in range(2))
@@ -175,7 +186,7 @@ def seen(encode, data, n, seed=0):
 SCORES = ("Discrete MIG", "Spearman MCC", "Disentanglement", "Modularity")
 
 def four_scores(codes, factors, codes_test, factors_test):
-    "The four scores of the paper's tables; DCI is judged on the second pair."
+    "The four scores of the paper's tables, all of the first pair: `dci` wants the second for other parts of its answer."
     a, f, b, h = codes, factors, codes_test, factors_test
     return dict(zip(SCORES, (mig(a, f), mcc(a, f, kind="spearman"), dci(a, f, b, h, model="hist", jobs=1).disentanglement, modularity(a, f))))
 
@@ -184,9 +195,9 @@ def judge_codes(record, tables, *_):
     for key, value in four_scores(**tables).items(): record.add(key, value, len(tables["codes"]), "fresh draws of the training grid")
 
 def swings(codes, factors, n=7, most=4):
-    "The `most` numbers of codes (m, d) that say most about factors (m, K), and codes (most n, d): one of them after the other from its 2nd to its 98th percentile, the rest at their means."
-    loud = mutual_information(codes, factors).sum(1).topk(most).indices.tolist()
-    low, high, lines = *codes.quantile(codes.new_tensor([.02, .98]), 0).tolist(), codes.mean(0).repeat(most * n, 1)
+    "The `most` numbers of codes (m, d) that say most about factors (m, K), or all if there are fewer, and codes (most n, d): one of them after the other from its 2nd to its 98th percentile, the rest at their means."
+    loud = mutual_information(codes, factors).sum(1).topk(min(most, codes.shape[1])).indices.tolist()
+    low, high, lines = *codes.quantile(codes.new_tensor([.02, .98]), 0).tolist(), codes.mean(0).repeat(len(loud) * n, 1)
     for r, j in enumerate(loud): lines[r * n:(r + 1) * n, j] = torch.linspace(low[j], high[j], n)
     return loud, lines
 
@@ -202,12 +213,13 @@ def kept(net, data, looks, n, seed=0):
     return halved({"codes": z, "drawn": drawn}) | {"factors": f.to(torch.uint8), "loud": torch.tensor(loud)} | {f"swings/{k}": to_uint8(v) for k, v in by.items()} | {f"again/{k}": v for k, v in looks.items()}
 
 def scores(encode, data, n, seed=0):
-    "The four scores of the paper's tables (MIG, Spearman MCC, disentanglement of DCI, modularity), on n drawn pictures; DCI is judged on n others."
+    "The four scores of the paper's tables (MIG, Spearman MCC, disentanglement of DCI, modularity), on n drawn pictures."
     return four_scores(**seen(encode, data, n, seed))
 
 def load_rooms(record):
-    "The model of a record, in evaluation mode on the device at hand."
+    "The model of a record whose weights are kept, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
+    require("codes" not in tensors, "a record whose weights are kept", f"codes and drawings of {facts['model']}", "read them by load_tensors")
     how = dict(MODELS[facts["model"]]); how.pop("aux", None)
     return restore(build(facts["shape"], facts["aux"], facts["width"], facts["cnn"], stem=facts.get("stem", 2), mean=facts.get("mean", False), **how), tensors)
 
@@ -235,11 +247,12 @@ def balance_experiment(config):
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #27903b2f
 @torch.no_grad()
 def hearing(model, x, times, generator=None):
-    "At each of `times`: root mean square difference of the noise predicted with and without the code of images x (n, C, H, W), and the loss without minus with it: [(t, difference, gain)]."
+    "At each of `times`: root mean square difference of the noise predicted with and without the code of images x (n, C, H, W), the loss without minus with it, and that as a share of the loss without: [(t, difference, gain, share)]."
     x0, z, rows = to_float(x), model.encode(x), []
     for t in times:
         ts, eps = torch.full((len(x),), float(t), device=x.device), torch.randn(x0.shape, generator=generator).to(x.device)
         xt = model.sde.perturb(x0, ts, eps)
         told, alone = model.net(xt, ts, z), model.net(xt, ts, model.net.null.expand(len(x), -1))
-        rows.append((float(t), (told - alone).square().mean().sqrt().item(), ((alone - eps).square().mean() - (told - eps).square().mean()).item()))
+        without, heard = ((guess - eps).square().mean().item() for guess in (alone, told))
+        rows.append((float(t), (told - alone).square().mean().sqrt().item(), without - heard, 1 - heard / max(without, 1e-12)))
     return rows
