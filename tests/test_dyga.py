@@ -112,6 +112,15 @@ def test_the_same_picture_the_same_units(variant, tidy, data, x):
     assert torch.equal(model.encode(x, tidy), whole)
     assert torch.equal(model.encode(x), model.encode(x, tidy=False)) == (model.tidy.strength == 0)
 
+def test_units_are_read_in_evaluation_mode(data, x):
+    "While a model trains, too: alone or in company the same units, and neither mode nor batch statistics move."
+    model = anchored(data, "paper"); whole = model.encode(x); assert not model.training
+    model.train(); old = {k: v.clone() for k, v in model.state_dict().items()}; units = model.encode(x)
+    assert torch.equal(units, whole) and torch.allclose(model.encode(x[:1]), whole[:1], atol=1e-5) and not units.requires_grad
+    assert model.training and model.extractor.training and all(torch.equal(v, old[k]) for k, v in model.state_dict().items())
+    for p in model.net.parameters(): torch.nn.init.normal_(p, std=.1)
+    model.loss(x).backward(); assert model.extractor.trunk[0].weight.grad.abs().max() > 0
+
 def test_choosing_again_leaves_no_trace(data):
     "Neither mode nor torch's random state, of no device: a seed for all would restart a GPU's noise."
     model = anchored(data).train(); before, old = torch.get_rng_state(), {k: v.clone() for k, v in model.extractor.state_dict().items()}

@@ -90,6 +90,12 @@ def test_weights_count_points():
     g, _, total = em(x[None], r, iterations=6, tol=0, weight=w); other, _, t = em(twice[0][None], twice[1][None], iterations=6, tol=0)
     assert abs(total - t) < 1e-6 and (g.means - other.means).abs().max() < 1e-9
 
+def test_points_in_single_precision():
+    "The same mixture, and what `em` returns fits the points that it got."
+    x, y = planted(300, K=3, p=8, seed=1); x, start = x[None].float(), one_hot(y[None], 3)
+    g, resp, total = em(x, start); r, t = responsibilities(x, g); assert torch.allclose(r, resp) and torch.allclose(t, total)
+    assert all(torch.equal(a, b) for a, b in zip(m_step(x, start.float()), m_step(x.double(), start)))
+
 def test_bic():
     x, _ = planted(300); m = HDDC(3, random_state=0).fit(x.numpy()); p, K = 8, 3
     free = K - 1 + K * p
@@ -214,7 +220,8 @@ def test_one_line_errors():
                      (lambda: HDDC(2, floor=math.nan).fit(x.numpy()), "floor > 0"), (lambda: HDDC(2, floor=0).fit(x.numpy()), "floor > 0"), (lambda: em(x[None], soft(40, 2)), "a start for 1 units of 50"), (lambda: em(x[None], soft(50, 2, 3)), "a start"),
                      (lambda: em(x[None], soft(50, 2) * math.nan), "a start"), (lambda: em(x[None], -soft(50, 2)), "a start"), (lambda: em(x[None], 0 * soft(50, 2)), "a start"), (lambda: em(x[None], soft(50, 2), -1), "iterations"),
                      (lambda: em(x[None], soft(50, 2), weight=torch.ones(50)), "weights"), (lambda: em(x[None], soft(50, 2), weight=torch.arange(50.)[None] - 9), "weights"), (lambda: em(x[None, :0], soft(0, 2)), "points"),
-                     (lambda: kmeans(x[None], 0), "k >= 1"), (lambda: kmeans(x, 2), "points")):
+                     (lambda: em(x[None], soft(50, 2), weight=torch.full((1, 50), 1e-9)), "add up to 1"), (lambda: m_step(x[None], 0 * soft(50, 2)), "mass"),
+                     (lambda: HDDC(2, random_state=np.random.default_rng(0)).fit(x.numpy()), "RandomState"), (lambda: kmeans(x[None] * math.nan, 2), "finite"), (lambda: kmeans(x[None], 0), "k >= 1"), (lambda: kmeans(x, 2), "points")):
         with pytest.raises(ValueError, match="expected .*" + word) as err: do()
         assert "\n" not in str(err.value)
 

@@ -56,9 +56,11 @@ def moments(x, resp, least=1e-8):
 
 # %% ../../nbs/dyga/61_hddc.ipynb #a8a3affa
 def m_step(x, resp, threshold=.2, floor=1e-8, dims=None):
-    """The best mixture for points x (U, n, p) with responsibilities resp (U, n, K); model AkjBkQkDk of Bouveyron, Girard and Schmid (2007). A column of resp that sums to less
+    """The best mixture for points x (U, n, p), any floats, with responsibilities resp (U, n, K); model AkjBkQkDk of Bouveyron, Girard and Schmid (2007). A column of resp that sums to less
     than 1e-6 becomes an empty place. No variance falls below `floor`, and no direction of less counts as intrinsic. `dims` (U, K) replaces the scree test."""
+    x, resp = x.double(), resp.double()
     mass, means, cov = moments(x, resp)
+    require(bool((mass >= 1e-6).any(1).all()), "a cluster with mass 1e-6 or more in every unit", "none", "look at the responsibilities, or scale the weights up")
     empty, eye = mass < 1e-6, torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
     cov = torch.where(empty[..., None, None], eye, cov)
     values, axes = torch.linalg.eigh(cov); values, axes = values.flip(-1), axes.flip(-1)                    # DyGA (3)
@@ -70,8 +72,8 @@ def m_step(x, resp, threshold=.2, floor=1e-8, dims=None):
 
 # %% ../../nbs/dyga/61_hddc.ipynb #a6f6fc89
 def log_joint(x, g):
-    "log pi_k + log N(x; mu_k, Sigma_k) in nats, (U, n, K), of points x (U, n, p) under the mixtures g; -inf at empty places. Works in the subspaces."
-    (U, n, p), K = x.shape, g.weights.shape[1]
+    "log pi_k + log N(x; mu_k, Sigma_k) in nats, (U, n, K), of points x (U, n, p), any floats, under the mixtures g; -inf at empty places. Works in the subspaces."
+    x = x.double(); (U, n, p), K = x.shape, g.weights.shape[1]
     g = g._replace(dims=g.dims.masked_fill(g.weights == 0, 0)); order = g.dims.argsort(1, descending=True)
     w, mu, q, v, d = g.of(torch.arange(U, device=x.device)[:, None], order)                                 # widest subspace first
     centre = (w[..., None] * mu).sum(1, keepdim=True); mu, b = mu - centre, v[..., -1]
@@ -117,12 +119,13 @@ HUGE = 1e100                                                             # beyon
 def em(x, start, iterations=200, tol=1e-3, threshold=.2, floor=1e-8, weight=None, hold=False, want_resp=True, history=None):
     """EM from Gaussians or responsibilities (U, n, K) for points x (U, n, p), float32 or float64 -> Gaussians, responsibilities (None unless `want_resp`), log-likelihoods (U,)
     in total nats; all three belong together. A unit stops after `iterations` M-steps, or when its log-likelihood moves by less than `tol`. `weight` (U, n) >= 0: 0 leaves a
-    point out. `hold` keeps the first dimensions. `history`, a list, receives each unit's list of log-likelihoods."""
+    point out; they add up to 1 or more in each unit, since `tol` and the mass of an empty place are absolute. `hold` keeps the first dimensions. `history`, a list, receives each unit's list of log-likelihoods."""
     require(x.ndim == 3 and x.shape[2] >= 2 and x.shape[:2].numel(), "points (U, n, p) with p >= 2", f"shape {tuple(x.shape)}", "add the axis of units, x[None]")
     require(bool((x.abs() < HUGE).all()), "finite points", f"nan, inf or numbers beyond {HUGE:g}", "look where they come from")
     require(iterations >= 0, "iterations >= 0", iterations, "0 gives one E-step and no more")
     ok = weight is None or weight.shape == x.shape[:2] and bool((weight >= 0).all() and (weight.sum(1) > 0).all())
     require(ok, f"weights {tuple(x.shape[:2])} >= 0, and a point that counts in every unit", "others, or a unit whose weights are all 0", "leave such units out")
+    require(weight is None or bool((weight.sum(1) > .99).all()), "weights that add up to 1 or more in every unit", "less", "scale them up, or leave such units out")
     (U, n), first = x.shape[:2], start[0] if isinstance(start, Gaussians) else start
     ok = first.shape[:-1] == ((U,) if isinstance(start, Gaussians) else (U, n)) and bool((first >= 0).all() and (first.flatten(1).sum(1) > 0).all())
     require(ok, f"a start for {U} units of {n} points: Gaussians, or responsibilities ({U}, {n}, K) >= 0 that are not all 0", f"shape {tuple(first.shape)}, or nan, negative or all 0", "see `one_hot`")
@@ -156,6 +159,7 @@ def kmeans(x, k, iterations=50, generator=None):
     """Lloyd's algorithm from greedy k-means++ starts (the best of 2 + log k draws each time): points x (U, n, p) -> labels (U, n) in 0 .. k - 1. Units are independent;
     equal units start differently."""
     require(x.ndim == 3 and k >= 1 and x.shape[:2].numel(), "points (U, n, p) and k >= 1", f"shape {tuple(x.shape)} and k = {k}", "add the axis of units, x[None]")
+    require(bool(x.isfinite().all()), "finite points", "nan or inf", "look where they come from")
     (U, n, p), tries, x = x.shape, 2 + int(math.log(k)), x - x.mean(1, keepdim=True)          # far from 0 the expanded squares below would drown the distances
     apart = lambda c: (x.square().sum(-1, keepdim=True) - 2 * x @ c.mT + c.square().sum(-1)[:, None]).clamp(min=0)      # (U, n, candidates)
     draw = lambda weight, m: x.gather(1, torch.multinomial(weight.cpu(), m, True, generator=generator).to(x.device)[..., None].expand(U, m, p))
@@ -201,9 +205,10 @@ class HDDC(*BASES):
     def fit(self, X, y=None):
         x, K = self._points(X, reset=True), self.n_clusters
         whole = lambda v, least: isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= least
-        require(whole(K, 1) and K <= x.shape[1], f"n_clusters from 1 to n_samples = {x.shape[1]}", repr(K), "ask for fewer")
+        require(whole(K, 1) and K <= x.shape[1], f"n_clusters from 1 to n_samples = {x.shape[1]}", repr(K), "choose a whole number in this range")
         require(whole(self.n_init, 1) and whole(self.max_iter, 0) and self.floor > 0, "n_init >= 1 and max_iter >= 0, whole numbers, and floor > 0", f"{self.n_init}, {self.max_iter} and {self.floor}", "3, 200 and 1e-8 are usual")
         history, states = [], np.random.RandomState(self.random_state) if isinstance(self.random_state, (int, np.integer, type(None))) else self.random_state
+        require(hasattr(states, "randint"), "random_state None, a whole number or a RandomState", type(states).__name__, "np.random.RandomState(0) makes one")
         seed = torch.Generator().manual_seed(int(states.randint(2 ** 31 - 1)))
         if isinstance(self.init, str):
             require(self.init in ("kmeans", "random"), "init 'kmeans', 'random' or labels", repr(self.init), "choose one")

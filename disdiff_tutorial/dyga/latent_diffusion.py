@@ -17,7 +17,7 @@ from ..core import by_scale, device, earlier, halved, judged_later, load_tensors
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
-from ..diffusion.sampling import sample
+from ..diffusion.sampling import evaluating, sample
 from ..diffusion.sde import VPSDE
 from ..diffusion.training import Batches, fit
 from ..diffusion.unet import UNet, norm
@@ -150,6 +150,7 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def decode(self, z):
         "Pictures (n, C, H, W) in [-1, 1] of latents; each place is rounded to the codebook first."
+        require(z.ndim == 4 and z.shape[1] == self.facts["dim"], f"latents (n, {self.facts['dim']}, h, w)", tuple(z.shape), "take them from `encode`")
         who = self.book.nearest(z * self.spread)
         return self.decoder(self.book.entries[who].movedim(-1, 1)).clamp(-1, 1)
 
@@ -207,7 +208,7 @@ class Lift(nn.Module):
         return h.transpose(0, 1)
 
 class FeatureExtractor(nn.Module):
-    """Images (n, C, H, W), uint8 or floats in [-1, 1] -> units (n, N, D): DyGA table 9, with stride 2 and padding 1 in all 4x4 convolutions. H, W: multiples of 16.
+    """Images (n, C, H, W), uint8 or floats in [-1, 1] -> units (n, N, D): DyGA table 9, with stride 2 and padding 1 in all 4x4 convolutions. H = W, a multiple of 16.
     `lift`: hidden sizes of the network that makes a unit of a number; None: vector units, D numbers each straight from the trunk. `act`, `last`: as in `Lift`; EncDiff has (64, 128), nn.ELU and no last one."""
     merges = "numbers"                                                     # what `merged` compiles: batch norms are slow one by one
     def __init__(self, shape, units=20, dim=32, width=64, hidden=4096, lift=(256, 512), act=nn.ReLU, last=True):
@@ -260,10 +261,9 @@ class LatentDiffusion(nn.Module):
         units = self.extractor(x)
         return self.tidy.align(units) if tidy and self.tidy is not None else units
 
-    @torch.no_grad()
     def encode(self, x, tidy=True):
-        "Units (n, N, D) without a gradient, 500 images at a time: what metrics see. `tidy=False` leaves out alignment."
-        return torch.cat([self.units(part, tidy) for part in x.split(500)])
+        "Units (n, N, D) without a gradient, in evaluation mode, 500 images at a time: what metrics see. `tidy=False` leaves out alignment."
+        with evaluating(self): return torch.cat([self.units(part, tidy) for part in x.split(500)])
 
     def loss(self, x, picture=None):
         "DyGA (2) on images x (n, C, H, W); `picture`: what the U-Net works on, if it is known."
