@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from ..core import require, to_float
 from .anchoring import FSQ, DyGA
-from .latent_diffusion import load_model, note_scores, rooms_experiment
+from .latent_diffusion import load_model, rooms_experiment
 from .skip_dropout import SkipDropout
 
 # %% ../../nbs/dyga/64_interpretation.ipynb #5018fa02
@@ -25,7 +25,8 @@ class Rounded(torch.nn.Module):
 TIDY = {None: lambda units, dim: None, "fsq": lambda units, dim: Rounded(dim), **{v: (lambda units, dim, v=v: DyGA(units, dim, variant=v)) for v in ("paper", "released", "bounded")}}
 
 def ablation_experiment(config, anchors=None, skip=0., whole=False, latent=False, **options):
-    "The rooms, or the `whole` of the scenes, in pixels or in `latent`s, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`: `Config` -> `Record`. Scores of anchored models are taken with and without alignment."
+    "The rooms, or the `whole` of the scenes, in pixels or in `latent`s, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`: `Config` -> `Record`. Anchored models are scored after alignment."
+    require(anchors in TIDY, f"anchors among {', '.join(map(repr, TIDY))}", repr(anchors), "choose one of these")
     def change(model, sizes):
         if anchors: model.tidy, model.every = TIDY[anchors](sizes["units"], sizes["dim"]), sizes["every"]
         if skip: SkipDropout(skip, **options).attach(model.net)
@@ -88,8 +89,8 @@ def listening(net):
         for handle in handles: handle.remove()
 
 def attention_maps(model, units, size=None, **kind):
-    "Where each unit is used while pictures are drawn from `units` (n, N, D): maps (n, N, H, W), each pixel's shares sum to 1, averaged over layers and steps; and the pictures."
-    size = size or model.extractor.shape[1]
+    "Where each unit is used while pictures are drawn from `units` (n, N, D): maps (n, N, H, W), each pixel's shares sum to 1, averaged over layers and steps (with guidance, of the conditional passes); and the pictures."
+    size, n = size or model.extractor.shape[1], len(units)
     with listening(model.net) as maps: pictures = model.sample(units, **kind)
-    wide = [F.interpolate(m, size=(size, size), mode="bilinear", align_corners=False) for m in maps]
-    return torch.stack(wide).mean(0), pictures
+    wide = (F.interpolate(m[:n], size=(size, size), mode="bilinear", align_corners=False) for m in maps)       # guidance puts the null condition behind
+    return sum(wide) / len(maps), pictures
