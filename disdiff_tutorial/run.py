@@ -156,10 +156,10 @@ def closest(found, at):
     level = lambda r: SCALES.index(r.scale)
     return next((r for r in found if level(r) <= SCALES.index(at)), min(found, key=level))
 
-def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
+def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
     """The record of experiment `name`: the best at hand, or a new one. Prints one line that says which.
 
-    With `scale_` the best of at most this scale, if there is one. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. The new record and its weights go to `out`
+    With `scale_` the best of at most this scale, if there is one. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. `seed`: only records of this seed count, and a training has it; default: the best record at hand, whatever its seed, and 0 for a training. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
     What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; such a run needs a folder of its own, `out`, lest it be taken for the scale's."""
     experiment, at = known(name), scale_ or scale()
@@ -167,10 +167,10 @@ def run(name, scale_=None, seed=0, minutes=None, out=None, retrain=None, within=
     require(minutes is None or minutes > 0, "minutes above 0", minutes, "give more")
     require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
-    if not (retrain or out) and (found := records(name)):
+    if not (retrain or out) and (found := [r for r in records(name) if seed in (None, r.seed)]):
         found = closest(found, scale_) if scale_ else found[0]
         print(describe(found, "loaded")); return found
-    config = Config(name, at, seed, minutes, Path(out or runs_dir()), within, share, change or {})
+    config = Config(name, at, 0 if seed is None else seed, minutes, Path(out or runs_dir()), within, share, change or {})
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
     try: record = experiment(config)
     except Unfinished as stop: note_time(config); print(f"unfinished {stop}; the same call goes on"); return None

@@ -89,14 +89,14 @@ def test_the_first_answer_with_a_record_counts(tmp_path, found):
     small = {k: v for k, v in found.items() if k != "lcgdm/dsprites"}
     assert T.own("lcgdm", 1, "LCG-DM / encoded", "MIG", found=small).way.experiment == "lcgdm/sprites"
     large = record("lcgdm/dsprites", "gpu", 0, **{"MIG": .3, "FactorVAE score": .8})
-    for cut, says in ((None, "dSprites"), ({"net": [300, 20_000]}, "dSprites, shortened: net, 300 of 20,000 steps")):
+    for cut, says in ((None, "dSprites"), ({"net": [300, 20_000]}, "dSprites; shortened: net, 300 of 20,000 steps")):
         if cut: large.config["cut"] = cut
         o = T.own("lcgdm", 1, "LCG-DM / encoded", "MIG", found=small | {"lcgdm/dsprites": [large]})
         assert (o.value, o.scale, o.spread) == (.3, "gpu", None) and o.way.note.endswith(says)
     assert T.own("lcgdm", 1, "LCG-DM / encoded", "FID", found=small | {"lcgdm/dsprites": [large]}).way.experiment != "lcgdm/dsprites"       # it has none
 
 def test_reasons_stand_where_no_number_does(found):
-    assert T.own("lcgdm", 1, "ID-GAN", "MIG", found=found) == "not built: a GAN" and T.own("lcgdm", 1, "beta-VAE", "FID", found=found) == "no record"
+    assert T.own("lcgdm", 1, "ID-GAN", "MIG", found=found) == "not built: a GAN" and T.own("lcgdm", 1, "beta-VAE", "FID", found=found) == "no record: the autoencoders of Table 1 were scored by their codes alone"
     assert T.own("dyga", 4, "+DyGA", "DCI", found={}) == "no record"
 
 # ---- what is shown
