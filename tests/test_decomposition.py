@@ -123,6 +123,15 @@ def test_a_resumed_training_ends_the_same(tmp_path):
         return torch.cat([p.flatten() for p in model.parameters()])
     assert torch.equal(weights([6]), weights([6, 6]))
 
+def test_an_encoder_without_a_shape_draws_from_a_start():
+    model = made().eval(); zeta, start, whole = model.encode(x[:2]), torch.randn(2, 3, 16, 16), model.encoder
+    model.encoder = nn.Sequential(whole)
+    assert torch.equal(model.encode(x[:2]), zeta)
+    with pytest.raises(ValueError, match="expected an encoder with `shape`"): model.sample(zeta, steps=2)
+    found = model.sample(zeta, steps=2, x=start)
+    model.encoder = whole
+    assert torch.equal(found, model.sample(zeta, steps=2, x=start))
+
 @pytest.mark.parametrize("call, message", [
     (lambda: Encoder((3, 20, 16)), "expected images with sides that 8 divides"), (lambda: made().encode(x[..., :8]), "expected images (n, 3, 16, 16)"),
     (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 2, 10), 3).encode(x), "expected an encoder that returns (n, 3, 10)"), (lambda: ComponentScore(made().net, Encoder((3, 16, 16), 3, 10), 3, dim=7).encode(x), "expected an encoder that returns (n, 3, 7)"),

@@ -7,7 +7,8 @@ from disdiff_tutorial.core import Config, load_tensors, to_float
 from disdiff_tutorial.data.scenes import rooms
 from disdiff_tutorial.diffusion.sde import VPSDE
 from disdiff_tutorial.diffusion.unet import UNet
-from disdiff_tutorial.dyga.disdiff import DISDIFF, Fields, build, disdiff_experiment, game_loss, load_disdiff, small_unet, tells, way_down, way_up, won
+from disdiff_tutorial.dyga.disdiff import DISDIFF, DisDiff, Fields, build, disdiff_experiment, game_loss, load_disdiff, small_unet, tells, way_down, way_up, won
+from disdiff_tutorial.dyga.latent_diffusion import FeatureExtractor
 from disdiff_tutorial.dyga.skip_dropout import SkipDropout, joints
 
 SIZES = dict(width=16, extractor=8, units=4, dim=8)
@@ -44,6 +45,12 @@ def test_a_fresh_decoder_is_silent_but_awake():
     nn.init.normal_(fields.decoder.last[-1].weight, std=.01)
     fields.parts(xt, t, units)[1].square().sum().backward()
     assert (units.grad.abs().amax((0, 2)) > 0).all()
+
+def test_a_net_of_another_kind_is_refused():
+    "A decoder that starts from a net that predicts v would not start as that net."
+    with pytest.raises(ValueError, match="expected a net that predicts x0, with its sde, found target 'v'"): Fields(small_unet(16, attend=[1], sde=VPSDE()), 16, 4, 8)
+    with pytest.raises(ValueError, match="expected a net that predicts x0, with its sde"): Fields(small_unet(16, attend=[1], target="x0"), 16, 4, 8)
+    with pytest.raises(ValueError, match="expected an extractor of colour images"): DisDiff(FeatureExtractor((1, 32, 32), 4, 8, 8, hidden=64, lift=None))
 
 def test_fields_are_a_correction(model):
     xt, t, units = torch.randn(3, 3, 32, 32), torch.tensor([.2, .5, .9]), torch.randn(3, 4, 8)

@@ -74,7 +74,7 @@ def _weights(w, k):
 
 # %% ../../nbs/components/70_decomposition.ipynb #60f27b08
 class ComponentScore(nn.Module):
-    """Pictures as a mean of k scores, score components (12). `encoder`: images (n, C, H, W) -> latents (n, k, dim). `net`: any net(xt, t, cond) -> eps with cond (n, dim); one for all components.
+    """Pictures as a mean of k scores, score components (12). `encoder`: images (n, C, H, W) -> latents (n, k, dim); its `shape` (C, H, W) is what `sample` draws without a start. `net`: any net(xt, t, cond) -> eps with cond (n, dim); one for all components.
     The unconditional score is that of a vector of ones. Latents with several components travel as `cond` (n, k, dim), so that the model itself is a net for every sampler."""
     def __init__(self, net, encoder, k, sde=SubVPSDE(), dim=None):
         super().__init__()
@@ -137,8 +137,10 @@ class ComponentScore(nn.Module):
         "Images (n, C, H, W) in [-1, 1] of latents (n, k, dim), by `weights` (k + 1,) of `blend`, default all components alike. `kind`: options of `diffusion.sampling.sample`; the paper's sampler is method='em'."
         require(zeta.ndim == 3 and zeta.shape[1] == self.k, f"latents (n, {self.k}, dim)", tuple(zeta.shape), "take them from encode(images)")
         w = blend(self.k) if weights is None else _weights(weights, self.k)
+        shape = getattr(self.encoder, "shape", None) or (kind["x"].shape[1:] if kind.get("x") is not None else None)
+        require(shape is not None, "an encoder with `shape` (C, H, W), or a start x", "neither", "set encoder.shape = images.shape[1:]")
         was, _ = self.training, self.eval()
-        try: return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *self.encoder.shape), zeta, method, steps, **kind).clamp(-1, 1)
+        try: return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *shape), zeta, method, steps, **kind).clamp(-1, 1)
         finally: self.train(was)
 
 # %% ../../nbs/components/70_decomposition.ipynb #12e65e33

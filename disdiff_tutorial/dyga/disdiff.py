@@ -46,6 +46,7 @@ class Fields(nn.Module):
     `width`: that of `net`. The decoder has no way down of its own: it starts from the frozen net's features."""
     def __init__(self, net, width, units, dim):
         super().__init__()
+        require(net.target == "x0" and net.sde is not None, "a net that predicts x0, with its sde", f"target {net.target!r}, sde {net.sde}", "build it with sde=... and target='x0'")
         self.net, self.sde = net.requires_grad_(False), net.sde
         self.decoder = small_unet(width, attend=[1], cond_dim=dim + units)
         for part in ("time", "first", "down", "shrink", "null"): setattr(self.decoder, part, None)
@@ -97,10 +98,11 @@ def late_time(n, device=None):
 
 # %% ../../nbs/dyga/65_disdiff.ipynb #6d4ca427
 class DisDiff(LatentDiffusion):
-    """DisDiff (Yang et al. 2023) on pixels: `extractor` (vector units: lift=None), a U-Net of `width` to be trained first and then frozen, `net.net`, and a decoder of one field a unit, `net.decoder`.
+    """DisDiff (Yang et al. 2023) on colour pictures: `extractor` (3 channels; vector units: lift=None), a U-Net of `width` to be trained first and then frozen, `net.net`, and a decoder of one field a unit, `net.decoder`.
     `weight`: of the disentangling loss. `tidy`, `every`: anchors, as in `LatentDiffusion`."""
     family = "fields"
     def __init__(self, extractor, width=32, weight=1., tidy=None, every=0):
+        require(extractor.shape[0] == 3, "an extractor of colour images (3, H, W)", tuple(extractor.shape), "repeat the one channel three times")
         super().__init__(extractor, None, tidy, every)
         self.weight, self.net = weight, Fields(small_unet(width, attend=[1], sde=self.sde, target="x0"), width, extractor.units, extractor.dim)    # in place of one net that hears all units
 
@@ -140,7 +142,7 @@ def build(width, extractor, units, dim, anchors=None, weight=1., every=0, **_):
 # %% ../../nbs/dyga/65_disdiff.ipynb #447fe90b
 @torch.no_grad()
 def won(model, x, seed=0):
-    "Rounds of the game with images x: the shares won by each of `tells`, and the noise error with units relative to that of the frozen net alone. In evaluation mode; mode and random state are left as they were."
+    "Rounds of the game with images x: the shares won by each of `tells`, and the noise error with units, at late times and with `v_weight`, relative to that of the frozen net alone. In evaluation mode; mode and random state are left as they were."
     mode = model.training; model.eval()
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed); noise, *readings, which, _ = model.game(x)
