@@ -143,6 +143,9 @@ def test_the_filter():
     g = drop_small(x, m_step(x, r)); assert g.weights[0, 0] == 0 and g.weights[0, 1] == 1
     assert (drop_small(x, m_step(x, r), least=4).weights > 0).all() and (drop_small(x, m_step(x, r), least=1000).weights > 0).sum() == 1
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_rows(variant): assert made(variant).align(features()[:0]).shape == (0, 3, 6)
+
 def test_types_pass_through():
     x = features(); m = made()
     for kind in (torch.float32, torch.float16): assert m.align(x.to(kind)).dtype == kind
@@ -152,11 +155,11 @@ def bad(value): x = features(); x[3, 1, 2] = value; return x
 
 @pytest.mark.parametrize("call, message", [
     (lambda: made().align(features(dim=5)), "expected features (n, 3, 6) of floats, found (300, 3, 5)"), (lambda: made().align(features()[0]), "expected features (n, 3, 6)"),
-    (lambda: made().align(features().long()), "torch.int64"), (lambda: made(x=features(7)), "expected at least 8 rows, found 7"), (lambda: made(x=bad(math.nan)), "expected finite features, found 1 NaN"),
+    (lambda: made().align(features().long()), "torch.int64"), (lambda: made().align(features().numpy()), "found ndarray"), (lambda: with_room(made().gaussians, 4), "expected most >= 8"), (lambda: made(x=features(7)), "expected at least 8 rows, found 7"), (lambda: made(x=bad(math.nan)), "expected finite features, found 1 NaN"),
     (lambda: made(x=bad(math.inf)), "expected finite features"), (lambda: DyGA(3, 6, "best"), "expected variant"), (lambda: DyGA(3, 1), "lift it first"), (lambda: DyGA(0, 6), "expected at least one unit"),
     (lambda: DyGA(3, 6, start=0), "expected start from 1"), (lambda: DyGA(3, 6, strength=2.), "expected strength"), (lambda: DyGA(3, 6, tau=0.), "tau > 0"), (lambda: DyGA(3, 6, psi=math.nan), "expected psi >= 0"), (lambda: DyGA(3, 6, phi=1.), "phi between 0 and 1"), (lambda: DyGA(3, 6, least=-1), "least >= 0"),
     (lambda: DyGA(3, 6, rounds=-1), "expected rounds and iterations >= 0"), (lambda: DyGA(3, 6, iterations=-1), "expected rounds and iterations >= 0"), (lambda: DyGA(3, 6, subset=0), "subset None or >= most = 32"),
-    (lambda: made(x=1e160 * features()), "beyond 1e+100"), (lambda: FSQ(6, 8), "found 8"), (lambda: FSQ(6, (8, 1)), "expected at least two levels"), (lambda: FSQ(6, ()), "expected at least two levels")])
+    (lambda: made(x=1e160 * features()), "beyond 1e+100"), (lambda: FSQ(6, 8), "found 8"), (lambda: FSQ(6, (8, 1)), "expected at least two levels"), (lambda: FSQ(6, (8.5, 5)), "whole numbers"), (lambda: FSQ(6, ()), "expected at least two levels")])
 def test_errors_in_one_line(call, message):
     with pytest.raises(ValueError) as err: call()
     assert message in str(err.value) and "\n" not in str(err.value)

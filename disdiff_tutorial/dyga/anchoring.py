@@ -27,12 +27,13 @@ def init_gaussians(x, k, generator=None):
 
 def with_room(g, most):
     "The same mixtures with empty places (weight 0) up to `most`."
+    require(most >= g.weights.shape[1], f"most >= {g.weights.shape[1]}, the places there are", most, "raise it")
     grow = lambda v, fill: torch.cat([v, torch.full_like(v[:, :1], fill).expand(-1, most - v.shape[1], *v.shape[2:])], 1)
     return Gaussians(*(grow(v, fill) for v, fill in zip(g, (0, 0, 0, 1, 1))))
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #7d362173
 def to_split(x, g, psi, phi, chance, generator=None):
-    "Which clusters split, (U, K) bool, and their members (U, n, K): spread above psi, or heads (probability `chance`); the widest first, as far as there are empty places."
+    "Which clusters split, (U, K) bool, and their members (U, n, K): spread above psi, or heads (probability `chance`), and at least 4 members; the widest first, as far as there are empty places."
     member = responsibilities(x, g)[0] > phi
     wide = spread(x, member)
     heads = torch.rand(wide.shape, generator=generator).to(x.device) < chance
@@ -117,9 +118,10 @@ class DyGA(nn.Module):
     def anchors(self): "Anchors in the features' own coordinates: (units, most, dim); rows whose weight is 0 are empty places."; return (self.means + 1) * self.size[:, None, None] + self.low[:, None, None]
 
     def check(self, features):
-        "Raise unless features are floats (n, units, dim)."
-        require(features.ndim == 3 and tuple(features.shape[1:]) == (self.units, self.dim) and features.is_floating_point(), f"features (n, {self.units}, {self.dim}) of floats",
-                f"{tuple(features.shape)} {features.dtype}", "reshape to one row a picture")
+        "Raise unless features are a tensor of floats (n, units, dim)."
+        ok = torch.is_tensor(features) and features.is_floating_point() and features.ndim == 3 and tuple(features.shape[1:]) == (self.units, self.dim)
+        require(ok, f"features (n, {self.units}, {self.dim}) of floats", f"{tuple(features.shape)} {features.dtype}" if torch.is_tensor(features) else type(features).__name__,
+                "one row a picture, as a tensor of floats")
 
     @torch.no_grad()
     def select(self, features, generator=None):
@@ -165,6 +167,7 @@ class DyGA(nn.Module):
         """Features (n, units, dim) moved towards their anchors, the same shape and type, with gradient: DyGA (6). Unchanged before the first `select`.
         In training mode 'paper' and 'bounded' add Gumbel `noise` (n, units, most), drawn here unless given; in eval mode the highest responsibility decides."""
         self.check(features)
+        if not len(features): return features
         some = (self.weights > 0).any()
         if not some.is_cuda and not some: return features                                          # a GPU would stall at this look, and a step with it could not be recorded
         moved = self.moved(features.to(self.low.dtype), noise).to(features.dtype)
@@ -209,8 +212,8 @@ class FSQ(nn.Module):
     "Finite scalar quantisation of units of `dim` numbers: a linear map to len(levels) numbers, tanh, rounding, a linear map back. One codebook of prod(levels) codes for all units."
     def __init__(self, dim, levels=(8, 5, 5)):
         super().__init__()
-        ok = isinstance(levels, (tuple, list)) and len(levels) and min(levels) >= 2
-        require(ok, "at least two levels on each axis", repr(levels), "the paper uses (8, 5, 5)")
+        ok = isinstance(levels, (tuple, list)) and len(levels) and all(isinstance(k, int) and k >= 2 for k in levels)
+        require(ok, "at least two levels on each axis, whole numbers", repr(levels), "the paper uses (8, 5, 5)")
         self.levels, self.size = tuple(levels), int(torch.tensor(levels).prod())
         self.into, self.back = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
         self.register_buffer("steps", torch.tensor(self.levels), persistent=False)                 # on the features' device, so a step with it can be recorded

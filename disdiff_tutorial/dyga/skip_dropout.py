@@ -64,7 +64,7 @@ class SkipDropout:
     """Drop whole channels of skip features in training, DyGA (7), in a `UNet` or a `UNet2DConditionModel` of diffusers: `SkipDropout(.2).attach(net)`, later `detach()`, or `with SkipDropout(.2).attach(net):`.
 
     `rate` is the probability to drop, the paper's 1 - p. `levels`: numbers (0 is the finest; the default, (0, 1), is what the released code does), "all", or "free", those without cross-attention, as the paper's text has it.
-    `rescale` divides what is kept by 1 - rate. The network's state_dict does not change; in evaluation mode nothing is dropped."""
+    `rescale` divides what is kept by 1 - rate. The network's state_dict does not change; in evaluation mode nothing is dropped. Detach before you copy a network: a copy keeps its hooks."""
     part = "skip"
     def __init__(self, rate=.2, levels=(0, 1), rescale=True):
         require(0 <= rate <= 1, "a rate from 0 to 1", rate, "the paper uses 0.2")
@@ -124,7 +124,7 @@ def errors(net, x0, conds, times, seed=0):
 
 # %% ../../nbs/dyga/63_skip_dropout.ipynb #1a7aec5a
 def probe(x, y, x_test, y_test, ridge=.01):
-    "Linear probe of features x (n, d) for labels y (n, K) whole; returns (K,), the held-out accuracy from 0 (chance) to 1 of each label. `ridge` is relative to the variance of the features."
+    "Linear probe of features x (n, d) for labels y (n, K) whole; returns (K,), the held-out accuracy of each label on a scale where 0 is chance and 1 perfect (below 0 if worse than chance; nan for a label of one value). `ridge` is relative to the variance of the features."
     scale = lambda v: torch.cat([(v - x.mean(0)) / (x.std(0) + 1e-6), torch.ones_like(v[:, :1])], 1).double()
     a, sizes = scale(x), [int(k) for k in torch.cat([y, y_test]).amax(0) + 1]
     target = torch.cat([F.one_hot(y[:, k], size) for k, size in enumerate(sizes)], 1).double()
