@@ -758,7 +758,9 @@ def read_celeba(name, root, split, size, crop):
     return ImageSet(stored_pictures(path, [at[faces[i]] for i in chosen], fetch, size, crop), labels, name, tuple(meant))
 
 # %% ../../nbs/data/13_files.ipynb #b3d26066
-def sklearn_home(): return Path(os.environ.get("SCIKIT_LEARN_DATA") or Path.home() / "scikit_learn_data")
+def sklearn_home():
+    "Where scikit-learn keeps what it downloads."
+    return Path(os.environ.get("SCIKIT_LEARN_DATA") or Path.home() / "scikit_learn_data")
 
 def read_lfw(name, root, split, size, crop):
     "LFW: a zip or a folder of its pictures in `root`, or the folder that scikit-learn's `fetch_lfw_people` made. Labels are the persons, where the names of the files tell."

@@ -248,7 +248,9 @@ def build(world, size, show=True):
 # %% ../../nbs/data/12_scenes.ipynb #14af8ec5
 VERSION = 1  # of the table: raise it when the code above makes another one
 
-def digest(rows): return hashlib.sha256(rows.numpy()).hexdigest()
+def digest(rows):
+    "SHA-256 of a tensor's bytes, as hexadecimal digits."
+    return hashlib.sha256(rows.numpy()).hexdigest()
 
 def table(world, size):
     "`build(world, size)`, kept in the user's cache folder."
