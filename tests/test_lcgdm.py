@@ -55,7 +55,7 @@ def test_batch_estimates_on_the_whole_set():
     truth = (even(one.sum(2)) - even(one).sum(1)).mean().item()
     assert batch_tc(z, mean, logvar, 30).item() == pytest.approx(truth + 2 * math.log(30), abs=1e-6)
     assert batch_tc(z, mean, logvar, 30, True).item() == pytest.approx(truth, abs=.1)
-    assert torch.allclose(log_weights(7, 50, True).exp().sum(1), torch.ones(7))
+    for m in (2, 7): assert torch.allclose(log_weights(m, 50, True).exp().sum(1), torch.ones(m))
 
 def test_one_code_for_each_picture_of_the_posterior():
     "The codes of `draw` have the mean and the spread that `posterior` says."
@@ -199,6 +199,13 @@ def test_traversal_moves_one_number_from_one_noise():
     for row, v in zip(rows, (-1., 2.)): assert torch.allclose(row, model.sample(1, [.3, v, .1], x=noise, steps=3)[0], atol=1e-4)
     assert torch.equal(code, torch.tensor([.3, -.2, .1])) and torch.equal(rows, model.traverse(1, [-1., 2.], code.tolist(), noise, steps=3))
 
+def test_traversal_starts_at_the_mean_of_the_prior():
+    "0 with a posterior; the codes' own mean with an encoder of one's own."
+    noise = torch.randn(1, *SHAPE)
+    for encoder, mean in ((factor(), 0.), (Corner(), 7.)):
+        model = alive(lcgdm(encoder)); model.mean.fill_(mean)
+        assert torch.equal(model.traverse(1, [2.], x=noise, steps=2), model.traverse(1, [2.], [mean] * 3, noise, steps=2))
+
 def test_samples_do_not_depend_on_the_split_of_the_batch():
     model = alive(lcgdm()); z, noise = torch.randn(6, 3), torch.randn(6, *SHAPE)
     whole = model.sample(6, z, x=noise, guidance=2., steps=3)
@@ -261,7 +268,7 @@ def test_readings_and_their_diversity():
         def encode(self, y): return 4 * y.flatten(1)[:, :2]
     read, varied = readings(Draws(), 0, 1., 3)
     assert torch.equal(read, torch.tensor(ASKED)[:, None].expand(5, 3)) and varied == [0.] * 5
-    assert spread(torch.tensor([0., 3.]).view(2, 1)) == 3.
+    assert spread(torch.tensor([0., 3.]).view(2, 1)) == spread(torch.tensor([0, 3], dtype=torch.uint8).view(2, 1)) == 3.
 
 def test_loudest_number():
     model = factor()
@@ -280,7 +287,7 @@ def test_code_prior():
     torch.manual_seed(0); cloud = torch.randn(2000, 2) * torch.tensor([.3, 1.]) + torch.tensor([1., 0.])
     for source in (cloud, lambda n: cloud[torch.randint(2000, (n,))]):
         prior = CodePrior(2, 32); prior.learn(source, 400, size=256, progress=False)
-        z = prior.draw(2000, 2, torch.Generator().manual_seed(0), steps=20)
+        z = prior.draw(2000, generator=torch.Generator().manual_seed(0), steps=20)
         assert (z.mean(0) - cloud.mean(0)).abs().max() < .15 and (z.std(0) - cloud.std(0)).abs().max() < .15
     model = lcgdm(); sources, again = (code_sources(model, CodePrior(3, 16), x, 5) for _ in range(2))
     assert set(sources) == {"encoded", "prior", "learned prior"} and all(z.shape == (5, 3) for z in sources.values())
@@ -312,7 +319,10 @@ model = lcgdm()
     (lambda: model.sample(2, x=torch.zeros(2, 1, 8, 8), steps=1), "(2, 1, 8, 8)"), (lambda: model.traverse(0, [0.], torch.zeros(2, 3)), "expected one code of 3 numbers"),
     (lambda: nll_bound(lcgdm(Corner()), x), "expected an encoder with a posterior"), (lambda: loudest(lcgdm(Corner()), x), "expected an encoder with a posterior"),
     (lambda: spread(torch.zeros(1, 1, 2, 2)), "expected at least two images"), (lambda: moment_gap(torch.zeros(3, 5)), "expected codes (n, d) with n > d"),
-    (lambda: CodePrior(3, 16).learn(torch.zeros(9, 4), 2), "expected codes (n, 3)"), (lambda: faces(48), "expected a side of 16, 32 or 64")])
+    (lambda: CodePrior(3, 16).learn(torch.zeros(9, 4), 2), "expected codes (n, 3)"), (lambda: faces(48), "expected a side of 16, 32 or 64"),
+    (lambda: lcgdm(lambda x: x), "expected an encoder that is a module, found function"), (lambda: guidance.cleaned(torch.zeros(1, 1, 2, 2)), "expected uint8 images, found torch.float32"),
+    (lambda: model.fit(x.float(), steps=2, progress=False), "expected floats in [-1, 1]"), (lambda: learn(VAE(**SMALL), x.float(), 2, progress=False), "expected floats in [-1, 1]"),
+    (lambda: VAE((1, 4, 4)), "expected pictures with even sides of at least 8, found 4 x 4"), (lambda: CodePrior(3, 16).draw(2, 5), "expected codes of 3 numbers, found 5")])
 def test_one_line(call, message):
     with pytest.raises((ValueError, TypeError)) as err: call()
     assert message in str(err.value) and "\n" not in str(err.value)
@@ -345,5 +355,5 @@ def test_likelihoods_are_noted():
     torch.manual_seed(0); model = LCGDM(FactorVAE(data.shape, hidden=(16,), width=16, depth=2), data.shape, 10, width=8).eval()
     measure(record, model, data, dict(points=60, samples=4, evaluations=2, judged=0, bounds=2))
     bound, free = (record.metrics[k] for k in ("NLL bound, nats", "NLL without a code, nats"))
-    assert bound["n"] == 2 and math.isfinite(bound["value"]) and math.isfinite(free["value"]) and "fit, prior" in record.metrics
+    assert bound["n"] == 2 and math.isfinite(bound["value"]) and math.isfinite(free["value"]) and "fit, prior" in record.metrics and record.metrics["NLL bound less without a code, standard error, nats"]["value"] > 0
     grey = torch.arange(256, dtype=torch.uint8); assert cleaned(grey).unique().tolist() == [0, *range(16, 240), 255]

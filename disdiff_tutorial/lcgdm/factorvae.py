@@ -6,7 +6,8 @@
 __all__ = ['KINDS', 'SQUARES', 'DSPRITES', 'HIDDEN', 'squares', 'kl_to_prior', 'log_normal', 'gaussian_tc', 'permuted', 'mlp',
            'critic', 'critic_loss', 'log_weights', 'batch_tc', 'convolutions', 'layers', 'Terms', 'VAE', 'BetaVAE',
            'BetaTCVAE', 'held', 'FactorVAE', 'pack', 'unpack', 'mixture_tc', 'dear_first', 'contenders', 'printed',
-           'learn', 'learn_together', 'judge', 'one_by_one', 'at_once', 'squares_experiment', 'load_autoencoders']
+           'check_range', 'learn', 'learn_together', 'judge', 'one_by_one', 'at_once', 'squares_experiment',
+           'load_autoencoders']
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #c5dbd805
 import math
@@ -66,7 +67,7 @@ def critic_loss(critic, z, shuffled):
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #12e9d99a
 def log_weights(m, n, stratified=False, device=None):
     "log of the weight of each picture of the batch (columns) for each code (rows): (m, m). Weighted: 1 / (n m). Stratified: own picture 1 / n, one other (n - m + 1) / (n (m - 1)), the rest 1 / (m - 1)."
-    require(n >= m > 1 + stratified, f"a data set of n pictures with a batch of {2 + stratified} to n", f"n = {n}, batch {m}", "say how large the data set is")
+    require(n >= m > 1, "a data set of n pictures with a batch of 2 to n", f"n = {n}, batch {m}", "say how large the data set is")
     if not stratified: return torch.full((m, m), -math.log(n * m), device=device)
     own = torch.eye(m, dtype=torch.bool, device=device); other = own.roll(1, 1)
     return torch.where(own, 1 / n, torch.where(other, (n - m + 1) / (n * (m - 1)), 1 / (m - 1))).log()
@@ -81,7 +82,7 @@ def convolutions(shape, codes):
     "Encoder (n, C, H, W) -> (n, 2 codes) and decoder (n, codes) -> (n, C, H, W) of the FactorVAE paper, with as many of its four convolutions as the size can be halved down to 4."
     c, h, w = shape
     depth = next((k for k in range(4) if h % 2 ** (k + 1) or w % 2 ** (k + 1) or min(h, w) < 2 ** (k + 3)), 4)
-    require(depth > 0, "pictures whose sides can be halved", f"{h} x {w}", "pad them, or give hidden layers")
+    require(depth > 0, "pictures with even sides of at least 8", f"{h} x {w}", "pad them, or give hidden layers")
     widths, flat = [c, *(32, 32, 64, 64)[4 - depth:]], (64, h >> depth, w >> depth)
     down = [m for a, b in zip(widths, widths[1:]) for m in (nn.Conv2d(a, b, 4, 2, 1), nn.ReLU())]
     up = [m for a, b in zip(widths[:0:-1], widths[-2::-1]) for m in (nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1))]
@@ -188,7 +189,7 @@ class FactorVAE(VAE):
 KINDS = {k.__name__: k for k in (VAE, BetaVAE, BetaTCVAE, FactorVAE)}
 
 def pack(model, half=True):
-    "The model as tensors and facts for `save_tensors`; floats in half precision. A critic stays behind: it serves training alone, and is larger than the rest."
+    "The model as tensors and facts for `save_tensors`; floats in half precision. A critic stays behind: it serves training alone, and may be larger than the rest."
     facts = {"kind": type(model).__name__, "shape": list(model.shape), "codes": model.codes, "hidden": model.hidden, **{k: getattr(model, k) for k in model.facts}}
     return {k: v.half() if half else v for k, v in model.state_dict().items() if not k.startswith("critic.")}, facts
 
@@ -236,8 +237,15 @@ def printed(shape, n):
     kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=10.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=10., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
     return {name: (build, None) for name, build in kinds.items()}
 
+def check_range(data):
+    "Raise if floats `data` are not in [-1, 1]: those from 0 to 255 would train without a word."
+    if not torch.is_tensor(data) or not data.is_floating_point() or not len(data): return
+    top = data.abs().max().item()
+    require(top <= 1.01, "floats in [-1, 1]", f"up to {top:g}", "pass uint8, or x / 127.5 - 1 of floats from 0 to 255")
+
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
     "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+    check_range(data)
     many = round(size / getattr(model, "share", 1))
     where = next(model.parameters()).device
     batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data.to(where), size=many, seed=seed)
@@ -263,7 +271,7 @@ def learn_together(models, data, steps, size=64, seed=0, lr=1e-4, **kind):
 
 @torch.no_grad()
 def judge(model, data, points, seed=0):
-    "MIG, FactorVAE score, reconstruction and KL of a model on `points` fresh pictures, and the total correlation of its codes over the whole grid, or over these pictures where the grid is not kept."
+    "MIG, FactorVAE score, reconstruction and KL of a model on `points` fresh pictures, and the total correlation of its codes over the whole grid, or over these pictures where the grid is not kept: too high for the whole, if a code tells more of a picture than log `points` nats."
     x, f = data.sample(points, torch.Generator().manual_seed(seed))
     t = model.terms(x)
     score = factorvae_score(model.encode, data, votes=(min(points, 2000), min(points, 1000)), points=points, seed=seed, progress=False).score

@@ -22,7 +22,7 @@ from ..diffusion.sampling import sample
 from ..diffusion.sde import VPSDE
 from ..diffusion.training import Batches, fit, merged, recordable
 from ..diffusion.unet import UNet
-from .factorvae import FactorVAE, contenders, dear_first, kl_to_prior, learn, load_autoencoders, pack, squares, unpack
+from .factorvae import FactorVAE, check_range, contenders, dear_first, kl_to_prior, learn, load_autoencoders, pack, squares, unpack
 from ..metrics.disentanglement import factorvae_score, mig
 from ..metrics.quality import at_hand, note_quality
 
@@ -39,6 +39,7 @@ class LCGDM(nn.Module):
     `unet`: the sizes of the U-Net."""
     def __init__(self, encoder, shape, codes, shrink=1, sde=VPSDE(), **unet):
         super().__init__()
+        require(isinstance(encoder, nn.Module), "an encoder that is a module", type(encoder).__name__, "wrap it in an nn.Module with forward(images)")
         self.encoder, self.shape, self.codes, self.shrink, self.sde = encoder.eval().requires_grad_(False), tuple(shape), codes, shrink, sde
         self.unet = dict(width=32, mults=[1, 2], blocks=1, attend=[1], stem=2) | unet
         self.net = UNet(shape[0], cond_dim=codes, sde=sde, **self.unet)
@@ -88,6 +89,7 @@ class LCGDM(nn.Module):
     def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, progress=True):
         """Stage 2 on `data`: uint8 images (n, C, H, W), or a `FactorData`. The first share `pretrain` of the steps sees no codes, the rest drops a share `drop` of them. Returns the two `Fit`s.
         `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`."""
+        check_range(data)
         require(0 <= pretrain < 1, "a share pretrain from 0 to 1", pretrain, "the paper pretrains; 0.3 does")
         require(steps >= 1, "at least one step", steps, "3000 do for small images")
         where = next(self.net.parameters()).device
@@ -113,9 +115,9 @@ class LCGDM(nn.Module):
         return sample(self.net, self.sde, (n, *self.shape), self.cond(code.expand(n, self.codes)), guidance=guidance, steps=steps, x=x, generator=generator, **kind)
 
     def traverse(self, j, values, code=None, x=None, **kind):
-        "Images of `code` (d,), default 0, with number `j` set to each of `values` in turn, all from the same noise."
+        "Images of `code` (d,), default the mean of `prior`, with number `j` set to each of `values` in turn, all from the same noise."
         require(0 <= j < self.codes, f"a number from 0 to {self.codes - 1}", j, "codes are counted from 0")
-        code = torch.zeros(self.codes) if code is None else torch.as_tensor(code)
+        code = (torch.zeros(self.codes) if hasattr(self.encoder, "posterior") else self.mean) if code is None else torch.as_tensor(code)
         require(code.numel() == self.codes, f"one code of {self.codes} numbers", tuple(code.shape), "traverse one code at a time")
         code = code.to(self.mean).flatten().repeat(len(values), 1)
         code[:, j] = torch.as_tensor(values).to(code)
@@ -225,11 +227,16 @@ def measure(record, model, data, sizes):
     clean = {f"{k}, cleaned": cleaned(y) for k, y in drawn.items() if "bounds" in sizes and "FactorVAE" not in k}
     if j := sizes["judged"]: note_quality(record, {k: y[:j] for k, y in (drawn | clean | {"other true pictures": other}).items()}, truth[:j])
     if b := sizes.get("bounds"):
-        record.add("NLL without a code, nats", nats_without(model, truth[:b], generator=g).mean(), b, "training grid")
-        if "prior" in drawn: record.add("NLL bound, nats", sum(nll_bound(model, truth[:b], generator=g)[:2]).mean(), b, "training grid")
+        free = nats_without(model, truth[:b], generator=g)
+        record.add("NLL without a code, nats", free.mean(), b, "training grid")
+        if "prior" in drawn:
+            bound = sum(nll_bound(model, truth[:b], generator=g)[:2])
+            record.add("NLL bound, nats", bound.mean(), b, "training grid")
+            record.add("NLL bound less without a code, standard error, nats", (bound - free).std() / b ** .5, b, "training grid")
 
 def cleaned(images):
     "uint8 images with what is within 16 grey levels of black or white made so: without the speckle that a net leaves on even ground."
+    require(images.dtype == torch.uint8, "uint8 images", images.dtype, "to_uint8(images) makes them")
     return torch.where(images < 16, 0, torch.where(images > 239, 255, images))
 
 def draw_all(model, z, p, generator, evaluations, size=500, codeless=False):

@@ -28,9 +28,9 @@ DIGITS = dict(
 ASKED = (-2., -1., 0., 1., 2.)      # values that a number of the code is set to
 
 def spread(images):
-    "Root mean square distance between two different ones of images (n, C, H, W), floats."
+    "Root mean square distance between two different ones of images (n, C, H, W)."
     require(len(images) > 1, "at least two images", len(images), "draw more")
-    x = images.flatten(1)
+    x = images.float().flatten(1)
     return (2 * x.var(0).sum()).sqrt().item()
 
 @torch.no_grad()
@@ -106,9 +106,11 @@ class CodePrior(nn.Module):
         draw = codes if callable(codes) else lambda n: codes[torch.randint(len(codes), (n,), device=codes.device)]
         return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=2e-3, **kind)
 
-    def draw(self, n, codes, generator=None, steps=50):
-        "n codes (n, codes)."
-        return sample(self, self.sde, (n, codes), steps=steps, generator=generator)
+    def draw(self, n, codes=None, generator=None, steps=50):
+        "n codes (n, codes); how many numbers each has, the module knows."
+        known = self.first.in_features
+        require(codes in (None, known), f"codes of {known} numbers", codes, "leave it out")
+        return sample(self, self.sde, (n, known), steps=steps, generator=generator)
 
 # %% ../../nbs/lcgdm/42_scaling.ipynb #ea4a9483
 FACES = dict(
