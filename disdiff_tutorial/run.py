@@ -11,7 +11,7 @@ __all__ = ['EXPERIMENTS', 'TABLE_1', 'COMPARED', 'JUDGES', 'FAMILIES', 'WAYS', '
            'notebooks_command', 'parser', 'main']
 
 # %% ../nbs/02_run.ipynb #776462a1
-import argparse, base64, copy, gc, hashlib, importlib, io, json, math, os, re, struct, sys, time, traceback, zipfile, zlib
+import argparse, base64, copy, difflib, gc, hashlib, importlib, io, json, math, os, re, struct, sys, time, traceback, zipfile, zlib
 from pathlib import Path
 import torch
 from .core import SCALES, Config, Record, Unfinished, atomic, checkout, data_dir, load_tensors, require, runs_dir, save_tensors, scale, short
@@ -132,8 +132,9 @@ COMPARED = {"pca": "PCA", "untrained": "untrained", "vae": "VAE", "tcvae": "beta
 EXPERIMENTS |= {f"results/{world}-{key}": later("results.tables", "comparison_experiment", method=method, world=world) for world in ("rooms", "sprites") for key, method in COMPARED.items()}
 
 def known(name):
-    "The experiment called `name`; one line for an unknown one."
-    require(name in EXPERIMENTS, f"an experiment among {', '.join(EXPERIMENTS)}", repr(name), "see `disdiff list`")
+    "The experiment called `name`; for an unknown one a line with the names that are nearest."
+    near = difflib.get_close_matches(str(name), EXPERIMENTS, 3, .5) or list(EXPERIMENTS)[:3]
+    require(name in EXPERIMENTS, f"an experiment, such as {', '.join(near)}", repr(name), "see `disdiff list`")
     return EXPERIMENTS[name]
 
 # %% ../nbs/02_run.ipynb #13264967
@@ -174,6 +175,7 @@ def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, with
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); torch.set_float32_matmul_precision("high"); torch.backends.cudnn.benchmark = True      # TF32 where autocast is off; convolutions by trial
     try: record = experiment(config)
     except Unfinished as stop: note_time(config); print(f"unfinished {stop}; the same call goes on"); return None
+    except KeyboardInterrupt: note_time(config); raise
     record.seconds, record.trainings = note_time(config), config.trainings
     if torch.cuda.is_available(): record.memory = torch.cuda.max_memory_allocated() / 2**20
     if config.cut: record.config["cut"] = config.cut
@@ -187,7 +189,8 @@ def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, with
 def note_time(config):
     "Seconds that an experiment has taken, earlier calls that were stopped included; kept beside its checkpoints."
     path = config.out / f"{config.record().stem}.resume.json"
-    before = json.loads(path.read_text())["seconds"] if path.exists() else 0.
+    try: before = json.loads(path.read_text())["seconds"] if path.exists() else 0.
+    except (ValueError, KeyError, TypeError): before = 0.; print(f"{short(path)} is damaged: the seconds of earlier calls are not counted")
     seconds = before + time.monotonic() - config.began
     with atomic(path) as tmp: tmp.write_text(json.dumps({"seconds": seconds}))
     return seconds
@@ -218,7 +221,9 @@ def leave(record):
 
 def judge(folder=None):
     "Add to every record in `folder` (default `runs_dir()`) the scores that were left for later; needs scikit-learn. One line a record."
-    for path in sorted(Path(folder or runs_dir()).glob("*.codes.safetensors")):
+    folder = Path(folder or runs_dir())
+    require(folder.is_dir(), "a folder of records", short(folder), "check --out")
+    for path in sorted(folder.glob("*.codes.safetensors")):
         place = path.with_name(path.name.replace(".codes.safetensors", ".json"))
         if not place.exists(): print(f"{short(path)} has no record: run it again"); continue
         record, (tensors, facts) = Record.load(place), load_tensors(path)
@@ -288,7 +293,7 @@ def read_plan(path):
     "The runs of a TOML file, in its order: each `[[run]]` has a name, and may have scale, seed (0), reserve, the minutes to keep for measuring after training (1), and within (a number, or a table by part), share and change, those of `Config`. One line for what is not a plan."
     try: import tomllib
     except ImportError: import tomli as tomllib                                # Python 3.10
-    require(Path(path).is_file(), "a plan file", short(path), "write one: [[run]], then name = ..., scale = ..., seed = ...")
+    require(Path(path).is_file(), "a plan file", f"no file {short(path)}", "write one: [[run]], then name = ..., scale = ..., seed = ...")
     try: runs = tomllib.loads(Path(path).read_text()).get("run", [])
     except ValueError as err: raise ValueError(f"expected {short(path)} to be TOML, found an error: {err}") from None
     require(type(runs) is list and runs and all(type(entry) is dict for entry in runs), "at least one [[run]]", f"none in {short(path)}", "list the most important first, each below [[run]]")
@@ -510,11 +515,15 @@ def data_command(args):
     if args.what == "get":
         require(args.name, "the name of a data set", "none", "see `disdiff data list`")
         for path in files.get(args.name): print(short(path))
-    else: print(files.listing())
+    else:
+        require(not args.name, "`list` alone", repr(args.name), "say `disdiff data get NAME` to fetch one")
+        print(files.listing())
 
 def run_command(args):
     "Train one experiment, or what fits of a plan."
     require(bool(args.name) != bool(args.plan), "the name of an experiment or --plan FILE", "both" if args.name else "neither", "see `disdiff list`")
+    require(not args.plan or args.scale is None and args.seed is None, "scale and seed inside the plan", "them beside it", "write them below each [[run]]")
+    require(args.plan or not args.pack, "--plan with --pack", "--pack alone", "it packs what a plan made")
     if args.plan: return run_plan(args.plan, args.minutes, args.out, args.pack)
     run(args.name, args.scale, args.seed, args.minutes, args.out, retrain=True)
 
@@ -529,20 +538,21 @@ def notebooks_command(args):
 def parser():
     "The parser of the `disdiff` command."
     top = argparse.ArgumentParser(prog="disdiff", description="Diffusion-based disentangled representations: experiments, notebooks, data.")
+    usual = f"(default: {short(runs_dir())})".replace("%", "%%")
     add = top.add_subparsers(required=True, metavar="COMMAND").add_parser
     p = add("run", help="train an experiment and keep its record and weights")
-    p.add_argument("name", nargs="?"); p.add_argument("--plan", type=Path, help="a TOML file with several runs, in place of a name"); p.add_argument("--scale", choices=SCALES); p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--minutes", type=float, help="stop training after so many minutes; a later call with the same folder goes on")
-    p.add_argument("--out", type=Path, default=None, help="folder for what it makes (default: _run/records)")
+    p.add_argument("name", nargs="?"); p.add_argument("--plan", type=Path, help="a TOML file with several runs, in place of a name"); p.add_argument("--scale", choices=SCALES); p.add_argument("--seed", type=int, help="default: 0")
+    p.add_argument("--minutes", type=float, help="stop training after so many minutes; a later call with the same folder goes on, and one after the end begins anew")
+    p.add_argument("--out", type=Path, default=None, help=f"folder for what it makes {usual}")
     p.add_argument("--pack", type=Path, default=None, help="with --plan: folder for a zip of all that it made, in pieces below 16 MB")
     p.set_defaults(do=run_command)
-    p = add("unpack", help="put the pieces of a packed plan together"); p.add_argument("folder", type=Path); p.add_argument("--out", type=Path, default=None, help="folder for what they hold (default: _run/records)")
+    p = add("unpack", help="put the pieces of a packed plan together"); p.add_argument("folder", type=Path); p.add_argument("--out", type=Path, default=None, help=f"folder for what they hold {usual}")
     p.set_defaults(do=lambda args: print(*(short(p) for p in unpack(args.folder, args.out)), sep="\n"))
     p = add("sweep", help="search the sizes of an experiment, alone or together with other machines"); p.add_argument("name"); p.add_argument("--scale", choices=SCALES)
     p.add_argument("--space", nargs="+", required=True, metavar="SIZE", help="size=low:high, size=low:high:log or size=a,b,c"); p.add_argument("--metric", required=True); p.add_argument("--low", action="store_true", help="the lowest is best")
     p.add_argument("--trials", type=int, default=20, help="in all, those of others included"); p.add_argument("--seeds", type=int, nargs="+", default=[0]); p.add_argument("--out", type=Path, required=True, help="folder of the journal, which may be shared")
     p.set_defaults(do=lambda args: importlib.import_module("disdiff_tutorial.sweep").command(args))                    # it stands above this module
-    p = add("judge", help="add the scores that were left for later, where scikit-learn is"); p.add_argument("--out", type=Path, default=None, help="folder of the records (default: _run/records)")
+    p = add("judge", help="add the scores that were left for later, where scikit-learn is"); p.add_argument("--out", type=Path, default=None, help=f"folder of the records {usual}")
     p.set_defaults(do=lambda args: judge(args.out))
     add("list", help="experiments and the best record of each").set_defaults(do=list_experiments)
     p = add("notebooks", help="execute the book in reading order")
@@ -554,9 +564,10 @@ def parser():
     return top
 
 def main(argv=None):
-    "The `disdiff` command. Our errors come as one line with exit code 2; anything else is a bug and keeps its traceback."
+    "The `disdiff` command. Our errors come as one line with exit code 2, Ctrl-C as one with 130; anything else is a bug and keeps its traceback."
     args = parser().parse_args(argv)
     try: args.do(args); sys.stdout.flush()
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141)       # the reader has gone, as in `disdiff list | head -1`
-    except ModuleNotFoundError as err: print(f"disdiff: expected {err.name} for this, found it missing: install it, or an extra of this package that has it (notebooks, fid, sweep)", file=sys.stderr); sys.exit(2)
+    except KeyboardInterrupt: print("disdiff: stopped by hand; the same call goes on at the last checkpoint, if there is one", file=sys.stderr); sys.exit(130)
+    except ModuleNotFoundError as err: print(f"disdiff: {err}" if str(err).startswith("expected") else f"disdiff: expected {err.name} for this, found it missing: install it, or an extra of this package that has it (notebooks, fid, sweep)", file=sys.stderr); sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as err: print(f"disdiff: {err}", file=sys.stderr); sys.exit(2)

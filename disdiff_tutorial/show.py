@@ -12,7 +12,7 @@ import base64, hashlib, io, itertools, json, os, threading, time
 from html import escape
 from pathlib import Path
 import numpy as np, torch
-from .core import atomic, require, to_uint8
+from .core import atomic, require, to_uint8, wanted
 
 # %% ../nbs/01_show.ipynb #c462603d
 INK = "#7e7e7e"                                                       # text and axes
@@ -25,7 +25,7 @@ STYLE = {
 
 def figure(width=7, height=2.6, rows=1, cols=1, **kw):
     "A figure of `width` x `height` inches in the book's style, which stays on for what is drawn after it, and its axes (one, or an array as plt.subplots gives)."
-    import matplotlib as mpl, matplotlib.pyplot as plt
+    with wanted("matplotlib", "pictures"): import matplotlib as mpl, matplotlib.pyplot as plt
     mpl.rcParams.update({**STYLE, "axes.prop_cycle": mpl.cycler(color=COLOURS)})
     return plt.subplots(rows, cols, figsize=(width, height), **kw)
 
@@ -105,13 +105,14 @@ def factor_scatter(codes, factors, names=None, axes=None):
 def embedding(codes, factors, names=None, method="pca", seed=0, cmap="cividis"):
     "Codes (n, d) laid flat by two principal components ('pca') or by 'tsne' (scikit-learn), one panel a factor (n, K), coloured by it. Returns the axes (K,)."
     require(method in ("pca", "tsne"), "method 'pca' or 'tsne'", repr(method), "choose one of these")
-    z = torch.as_tensor(codes).detach().cpu().double()
+    z, factors = torch.as_tensor(codes).detach().cpu().double(), torch.as_tensor(factors).cpu()
+    require(z.ndim == 2 and z.shape[1] > 1, "codes (n, d) with d of 2 or more", tuple(z.shape), "use `hist` for one number")
     if method == "pca": flat = (z - z.mean(0)) @ torch.linalg.svd(z - z.mean(0), full_matrices=False)[2][:2].T
     else:
-        from sklearn.manifold import TSNE
+        with wanted("scikit-learn", "t-SNE"): from sklearn.manifold import TSNE
         flat = torch.from_numpy(TSNE(perplexity=min(30, len(z) // 3), init="pca", random_state=seed).fit_transform(z.numpy()))
     axes = figure(7, 2.4, 1, factors.shape[1], squeeze=False)[1][0]
-    for k, ax in enumerate(axes): ax.scatter(*flat.T, c=factors[:, k].cpu(), s=3, cmap=cmap); ax.set(xticks=[], yticks=[], title=names[k] if names else f"factor {k}")
+    for k, ax in enumerate(axes): ax.scatter(*flat.T, c=factors[:, k], s=3, cmap=cmap); ax.set(xticks=[], yticks=[], title=names[k] if names else f"factor {k}")
     return axes
 
 # %% ../nbs/01_show.ipynb #cf355b7b

@@ -9,7 +9,7 @@ __all__ = ['suggest', 'number', 'read_space', 'check_space', 'open_study', 'swee
 # %% ../nbs/03_sweep.ipynb #82a19e32
 from pathlib import Path
 import torch
-from .core import Record, Unfinished, require, scale
+from .core import Record, Unfinished, require, scale, short, wanted
 from .run import known, run
 
 # %% ../nbs/03_sweep.ipynb #5606df69
@@ -46,14 +46,16 @@ def check_space(space):
 # %% ../nbs/03_sweep.ipynb #3240d871
 def open_study(name, at, space, metric, folder, seed=None, low=False, seeds=(0,)):
     "The optuna study of experiment `name` at scale `at` in the journal of `folder`, a new one or one begun; one line if trials were begun with another space, metric, direction or other seeds. `seed`: of the search."
-    import optuna
+    with wanted("optuna", "searches"): import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
     from optuna.trial import TrialState
     optuna.logging.set_verbosity(optuna.logging.ERROR)                         # its warnings say again what the error says
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    journal = str(folder / "journal.log")
-    study = optuna.create_study(study_name=f"{name} {at}", load_if_exists=True, direction="minimize" if low else "maximize",
-                                storage=optuna.storages.JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal))))
+    folder = Path(folder); journal = str(folder / "journal.log")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(study_name=f"{name} {at}", load_if_exists=True, direction="minimize" if low else "maximize",
+                                    storage=optuna.storages.JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal))))
+    except OSError as err: raise OSError(f"expected to write {short(folder)}, found {err.strerror or err}: choose a writable folder") from err
     begun = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else seed + begun, constant_liar=True)      # one that goes on must not draw its first settings again
     asked = {"space": space, "metric": metric, "low": low, "seeds": list(seeds)}

@@ -104,7 +104,8 @@ def test_run_trains_once_then_loads(toys, capsys, monkeypatch):
     assert runner.run("toy/answer", "smoke").scale == "smoke"
 
 @pytest.mark.parametrize("words,part", [(["run", "nothing/here"], "see `disdiff list`"), (["run"], "the name of an experiment or --plan FILE"), (["run", "--plan", "nowhere.toml"], "expected a plan file"), (["run", "toy/answer", "--minutes", "-1"], "minutes above 0"),
-                                        (["data", "get", "nothing"], "a data set among"), (["data", "get"], "disdiff data list")])
+                                        (["data", "get", "nothing"], "a data set among"), (["data", "get"], "disdiff data list"), (["data", "list", "mnist"], "expected `list` alone"), (["judge", "--out", "/nowhere"], "expected a folder of records"),
+                                        (["run", "--plan", "p.toml", "--seed", "5"], "scale and seed inside the plan"), (["run", "toy/answer", "--pack", "x"], "expected --plan with --pack")])
 def test_command_line_errors(toys, capsys, words, part):
     with pytest.raises(SystemExit) as err: runner.main(words)
     said = capsys.readouterr().err
@@ -189,6 +190,21 @@ def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as err: runner.main(["sweep", "diffusion/digits", "--space", "width=16,32", "--metric", "x", "--out", "nowhere"])
     said = capsys.readouterr().err
     assert err.value.code == 2 and "optuna" in said and said.count("\n") == 1
+
+def test_stopped_by_hand_is_one_line_and_its_seconds_count(monkeypatch, capsys, tmp_path):
+    def stopped(config): raise KeyboardInterrupt
+    monkeypatch.setitem(runner.EXPERIMENTS, "toy/stopped", stopped); words = ["run", "toy/stopped", "--scale", "smoke", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as err: runner.main(words)
+    said = capsys.readouterr().err; clock = tmp_path / "toy-stopped-smoke-s0.resume.json"
+    assert err.value.code == 130 and said.startswith("disdiff: stopped by hand") and said.count("\n") == 1 and json.loads(clock.read_text())["seconds"] > 0
+    for damage in ("{", "{}", "[]"):
+        clock.write_text(damage)
+        with pytest.raises(SystemExit): runner.main(words)
+        assert "is damaged" in capsys.readouterr().out and json.loads(clock.read_text())["seconds"] > 0
+
+def test_the_nearest_names(capsys):
+    with pytest.raises(ValueError) as err: runner.known("ivae/rotatoin")
+    assert "such as ivae/rotation," in one_line(err) and len(str(err.value)) < 200
 
 def book(folder, **cells):
     import nbformat

@@ -767,3 +767,32 @@ def test_cpu_and_gpu_agree():
         assert score(*gpu) == pytest.approx(score(*four), abs=1e-6)
     assert m.factorvae_pooled(*gpu[:2], votes=(500, 300)).score == pytest.approx(m.factorvae_pooled(*four[:2], votes=(500, 300)).score, abs=.02)
     assert m.unit_codes(torch.randn(50, 3, 4).cuda()).is_cuda
+
+@pytest.mark.parametrize("values, message", [(torch.tensor([[0.], [float("nan")]]), "expected finite values, found 1 that are not"), (torch.rand(9), "x[:, None] makes a column"), (torch.zeros(0, 2), "not empty")])
+def test_binned_in_one_line(values, message):
+    with pytest.raises(ValueError) as err: m.binned(values)
+    assert message in str(err.value) and "\n" not in str(err.value)
+
+def test_binned_takes_arrays_and_what_is_no_float():
+    x = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(m.binned(x.double().numpy()), m.binned(x.double())) and torch.equal(m.binned((x > .5)), 19 * (x > .5).long())
+
+@pytest.mark.parametrize("score", [m.mcc, m.infomec, m.explicitness, m.predictive_information, m.factorvae_pooled])
+def test_one_test_table_alone(score):
+    z, f = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60)[:, None] % torch.tensor([2, 3])
+    for alone in (dict(factors_test=f), dict(codes_test=z)):
+        with pytest.raises(ValueError) as err: score(z, f, **alone)
+        assert "expected codes_test and factors_test together" in str(err.value)
+
+@pytest.mark.parametrize("score", [m.mcc, m.infomec])
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: x.numpy()], ids=["tensors", "arrays"])
+def test_test_tables_by_place_where_a_word_belongs(score, kind):
+    z, f = kind(torch.rand(60, 3, generator=torch.Generator().manual_seed(0))), kind(torch.arange(60)[:, None] % torch.tensor([2, 3]))
+    with pytest.raises(ValueError) as err: score(z, f, z, f)
+    assert "test tables go by name" in str(err.value) and len(str(err.value)) < 200
+
+def test_a_module_is_measured_in_evaluation_mode():
+    class Faces:
+        def images(self, factors): return factors.float()
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(.5)); f = torch.arange(40).view(20, 2)
+    assert torch.equal(m.encoded(net, Faces(), f), net[0](f.float()).detach()) and net.training and net[1].training

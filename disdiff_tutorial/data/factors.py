@@ -92,6 +92,7 @@ class FactorGrid:
         """`n` independent uniform combinations (n, K). `fixed` maps a factor's name to a value, or to n values, to hold. `among` (m,) gives the numbers of the
         combinations to draw from, such as one side of a split, instead of the whole grid."""
         n = natural(n, 1, "at least one sample")
+        require(generator is None or isinstance(generator, torch.Generator), "a torch.Generator", repr(generator), "torch.Generator().manual_seed(0) makes one")
         where = generator.device if generator is not None else None
         if among is not None:
             among = whole(among, "numbers to draw among").reshape(-1)
@@ -180,15 +181,15 @@ class Reduced(FactorData):
             require(values.ndim == 1 and len(values) and 0 <= min(values) and max(values) < size, f"values of {name} from 0 to {size - 1}", values.tolist(), "list their numbers")
         (c, h, w), shrink = data.shape, natural(shrink, 1, "a whole shrink of at least 1")
         require(h % shrink == w % shrink == 0, f"a shrink that divides {h} x {w}", shrink, "choose another")
-        self.values = [torch.as_tensor(keep.get(n, range(s)), device=data.device) for n, s in zip(data.grid.names, data.grid.sizes)]
-        self.grid, self.device, self.shape = FactorGrid(data.grid.names, [len(v) for v in self.values]), data.device, (c, h // shrink, w // shrink)
+        self.kept = [torch.as_tensor(keep.get(n, range(s)), device=data.device) for n, s in zip(data.grid.names, data.grid.sizes)]
+        self.grid, self.device, self.shape = FactorGrid(data.grid.names, [len(v) for v in self.kept]), data.device, (c, h // shrink, w // shrink)
         self.weights = torch.tensor(self.grid.weights, device=data.device)
         drawn = (data.render(self.original(f)) for f in self.grid.factors(torch.arange(len(self.grid), device=data.device)).split(4096))
         self.table = torch.cat([torch.nn.functional.avg_pool2d(x.float(), shrink).round().to(torch.uint8) for x in drawn])
 
     def original(self, factors):
         "The same factors (n, K) as numbers of the values in the whole data set."
-        return torch.stack([v[f] for v, f in zip(self.values, factors.T)], 1)
+        return torch.stack([v[f] for v, f in zip(self.kept, factors.T)], 1)
 
     def render(self, factors): return self.table[(factors * self.weights).sum(1)]
 

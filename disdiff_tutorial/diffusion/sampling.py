@@ -7,10 +7,10 @@ __all__ = ['METHODS', 'em_step', 'langevin_step', 'integrate', 'flow', 'ddim_ste
            'evaluating', 'place', 'check_grid', 'sample', 'energy_test']
 
 # %% ../../nbs/diffusion/24_sampling.ipynb #3ed029a9
-import contextlib, warnings
+import contextlib, numbers, warnings
 import torch
 from torch import nn
-from ..core import progress_bar, require
+from ..core import progress_bar, require, wanted
 from .dsm import T_MIN
 from .sde import check_time, like
 
@@ -30,7 +30,7 @@ def langevin_step(x, eps, sde, t, noise, snr=0.16):
 # %% ../../nbs/diffusion/24_sampling.ipynb #9232c9a4
 def integrate(velocity, state, start, end, tol):
     "Solve d state / dt = velocity(t, state) from time `start` to `end`, either way, for a tensor or a tuple of them: adaptive Runge-Kutta (torchdiffeq)."
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), wanted("torchdiffeq", "method 'ode' and likelihoods"):
         warnings.simplefilter("ignore", FutureWarning)                               # torchdiffeq still uses torch.jit
         from torchdiffeq import odeint
     first, (low, high) = state[0] if isinstance(state, tuple) else state, sorted((float(start), float(end)))
@@ -67,7 +67,7 @@ def dpmpp_step(x, x0, sde, s, t, last=None):
 def time_grid(steps, device=None, power=2.5):
     """`steps` + 1 times from 1 down: even in t^(1 / power) to T_MIN, then 0, where the prediction of x0 is taken as it is. A `power` above 1 spends more of the
     steps near 0, where log(alpha / sigma) runs fast."""
-    require(isinstance(steps, int) and steps >= 1, "steps >= 1, a whole number", steps, "20 to 50 do for dpm++ and ddim, 500 for em and pc")
+    require(isinstance(steps, numbers.Integral) and steps >= 1, "steps >= 1, a whole number", steps, "20 to 50 do for dpm++ and ddim, 500 for em and pc")
     require(power > 0, "power above 0", power, "1 for steps even in t, 2.5 for fast samplers")
     return torch.cat([torch.linspace(1, T_MIN**(1 / power), steps)**power, torch.zeros(1)]).to(device)
 
@@ -95,13 +95,13 @@ METHODS = ("em", "pc", "ode", "ddim", "dpm++")
 
 @contextlib.contextmanager
 def evaluating(net):
-    "Evaluation mode and no gradients inside, the old mode after."
-    was = isinstance(net, nn.Module) and net.training
-    if was: net.eval()
+    "Evaluation mode and no gradients inside; afterwards each part is back in its own mode, so that a frozen batch norm stays frozen."
+    modes = [(part, part.training) for part in net.modules()] if isinstance(net, nn.Module) else []
+    for part, _ in modes: part.training = False
     try:
         with torch.no_grad(): yield
     finally:
-        if was: net.train()
+        for part, mode in modes: part.training = mode
 
 def place(net, *tensors):
     "The device to work on: that of the first tensor given, else of the net's parameters, else the CPU."
@@ -122,6 +122,8 @@ def sample(net, sde, shape, cond=None, method="dpm++", steps=50, guidance=1., nu
     evaluations of the net, two each for pc. `guidance` and `null` as in `guided`. `x`: the noise to start from, else drawn with `generator`. `times`: from 1 down to 0,
     else `time_grid`, even in t for em and pc. At t = 0 every method ends with the prediction of x0; `times` that end earlier leave the noise of their last time."""
     require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method), "choose one of them")
+    require(isinstance(shape, (tuple, list)) and len(shape) > 1 and shape[0] >= 1, "a shape (n, ...) with n of 1 or more", shape, "images have (n, C, H, W)")
+    require(generator is None or isinstance(generator, torch.Generator), "a torch.Generator", repr(generator), "torch.Generator().manual_seed(0) makes one")
     require(eta == 0 or method == "ddim" and 0 < eta <= 1, "eta from 0 to 1, and 0 unless the method is ddim", f"{eta} for {method}", "em and pc draw noise by themselves, ode and dpm++ never")
     require(x is None or x.is_floating_point() and tuple(x.shape) == tuple(shape), f"floats of shape {tuple(shape)} to start from", "" if x is None else f"{x.dtype} {tuple(x.shape)}", "give x the shape of the samples")
     require(cond is None or len(cond) == shape[0], f"one condition per sample, {shape[0]}", 0 if cond is None else len(cond), "repeat the condition")

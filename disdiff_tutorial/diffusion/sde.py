@@ -6,7 +6,7 @@
 __all__ = ['like', 'check_time', 'SDE', 'VPSDE', 'SubVPSDE', 'VESDE', 'DDPM', 'GaussianMixture', 'to_pair', 'from_pair']
 
 # %% ../../nbs/diffusion/20_sde.ipynb #5d62334f
-import math
+import math, numbers
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from ..core import require
@@ -91,7 +91,7 @@ class VESDE(SDE):
 class DDPM(VPSDE):
     "The discrete chain of DDPM, `steps` betas linear from `beta_start` to `beta_end`, as a VP-SDE: exact at t = i/steps, log-linear between."
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02):
-        require(isinstance(steps, int) and steps >= 1, "a whole number of steps, 1 or more", steps, "DDPM has 1000")
+        require(isinstance(steps, numbers.Integral) and steps >= 1, "a whole number of steps, 1 or more", steps, "DDPM has 1000")
         require(0 < beta_start <= beta_end < 1, "0 < beta_start <= beta_end < 1", f"{beta_start}, {beta_end}", "give the variance of one step, not a rate")
         super().__init__(steps * beta_start, steps * beta_end)   # the rates of the SDE that it discretises
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)

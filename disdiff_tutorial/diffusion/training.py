@@ -20,6 +20,7 @@ class Batches:
     """Minibatches of tensors (n, ...) as a function of the step: `batches(step)` is a tuple of tensors of `size` rows (all n, if there are fewer).
     Each epoch is a new permutation; what does not fill a batch waits for the next."""
     def __init__(self, *tensors, size=128, seed=0):
+        require(all(map(torch.is_tensor, tensors)), "tensors", ", ".join(type(x).__name__ for x in tensors), "torch.as_tensor(x) makes one")
         lengths = sorted({len(x) for x in tensors})
         require(len(lengths) == 1 and lengths[0] > 0, "tensors of one length, not empty", f"lengths {lengths}", "trim or fill them")
         require(size >= 1 and size % 1 == 0, "a batch of at least one row, a whole number", size, "change it")
@@ -287,7 +288,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     `batches`: a function step -> batch (a tensor or a tuple), or an iterable of batches that can be walked again. The budget is `steps`, or else `minutes`; the
     learning rate `lr` falls to 0 at its end; a dict gives rates by the beginnings of parameter names, {"": 1e-3, "critic": 2e-3}. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
-    `checkpoint`: a file, written at the start, every `every` steps (on a GPU less often, if that took more than a twentieth of the time) and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
+    `checkpoint`: a file to go on from, not to keep a model in (its `model/` are the last weights, not the average; for that save the `state_dict`), written at the start, every `every` steps (on a GPU less often, if that took more than a twentieth of the time) and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and
     gradients are averaged. A loss or gradient that is not finite stops the run and names the step; the last good checkpoint stays.
     `graph`: the family of this loss, for steps recorded as a CUDA graph where `recordable`, and what is `merged` compiled where `DISDIFF_COMPILE` names it."""

@@ -142,8 +142,8 @@ class UNet(nn.Module):
         "Raise unless the shapes fit this net; returns the condition, or the learned null in its place."
         n, fits = len(xt), xt.ndim == 4 and xt.shape[1] == self.channels and xt.shape[2] % self.factor == 0 == xt.shape[3] % self.factor
         require(fits, f"xt (n, {self.channels}, H, W) with H and W multiples of {self.factor}", f"shape {tuple(xt.shape)}", "pad the images or take fewer levels")
-        require(t.shape == (n,), f"one time per image, shape ({n},)", f"shape {tuple(t.shape)}", "use t.expand(n)")
         check_time(t)
+        require(t.shape == (n,), f"one time per image, shape ({n},)", f"shape {tuple(t.shape)}", "use t.expand(n)")
         if self.cond_dim is None:
             require(cond is None, "no cond", f"shape {None if cond is None else tuple(cond.shape)}", "build the net with cond_dim")
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, device, earlier, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, device, earlier, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
@@ -137,7 +137,7 @@ class VQGAN(nn.Module):
 
     def fit(self, data, steps=2000, size=16, lr=1e-3, seed=0, **kind):
         "Train on uint8 images (n, C, H, W) or a `FactorData`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-        batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed)
+        batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(as_images(data), size=size, seed=seed)
         done = fit(self.loss, self, batches, steps=steps, lr={"": lr, "critic": lr / 2}, **kind)
         with torch.no_grad(): self.spread.copy_(torch.cat([self.small(batches(10**6 + i)[0]) for i in range(8)]).std())
         return done
@@ -280,7 +280,7 @@ class LatentDiffusion(nn.Module):
 
     def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
         "Train on uint8 images (n, C, H, W) or a `FactorData`, whose latents are made once; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-        batches, before = data.batches(size, seed) if hasattr(data, "batches") else Batches(data, size=size, seed=seed), None
+        batches, before = data.batches(size, seed) if hasattr(data, "batches") else Batches(as_images(data), size=size, seed=seed), None
         latents = self.latents(data) if hasattr(data, "grid") and self.autoencoder is not None else None
         def get(step):
             nonlocal before
@@ -304,7 +304,9 @@ class LatentDiffusion(nn.Module):
         self.extractor.train(mode)
 
     def sample(self, units, steps=100, method="ddim", x=None, generator=None, **kind):
-        "Images (n, C, H, W) in [-1, 1] of units (n, N, D); the paper takes 100 steps of DDIM."
+        "Images (n, C, H, W) in [-1, 1] of units (n, N, D), a tensor or an array; the paper takes 100 steps of DDIM."
+        units = torch.as_tensor(units).to(next(self.parameters()))
+        require(units.ndim > 1 and len(units), "units (n, N, D), one row or more", tuple(units.shape), "take them from `encode`")
         z = sample(self.net, self.sde, (len(units), *self.shape), units, method=method, steps=steps, x=x, generator=generator, **kind)
         return z.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(z)
 

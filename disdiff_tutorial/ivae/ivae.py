@@ -8,12 +8,12 @@ __all__ = ['ROTATION', 'KINDS', 'BALANCE', 'gaussian_kl', 'kl_balanced', 'layers
            'Up', 'resnet']
 
 # %% ../../nbs/ivae/51_ivae.ipynb #233aa8e6
-from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import by_scale, require, seed_everything, to_float
+from ..core import as_images, by_scale, require, seed_everything, to_float, wanted
 from ..data.factors import Rotated, natural
+from ..diffusion.sampling import evaluating
 from ..diffusion.training import Batches, fit
 from .variance_posterior import sample_variance
 from ..metrics.disentanglement import mcc, mig
@@ -36,15 +36,6 @@ def layers(*sizes):
     require(len(sizes) >= 2, "two sizes or more", sizes, "give what goes in and what comes out")
     parts = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(.1))]
     return nn.Sequential(*parts[:-1])
-
-@contextmanager
-def _evaluating(net):
-    "`net` in evaluation mode, so that batch norm uses its averages and moves none of them; afterwards each part is back in its own mode."
-    modes = [(part, part.training) for part in net.modules()]
-    net.eval()
-    try: yield
-    finally:
-        for part, mode in modes: part.training = mode
 
 def _statistics(u, aux, dtype):
     "Mean and spread (aux,) of notes u (n, aux). A note that never changes gets spread 1, so that it is only shifted."
@@ -91,7 +82,13 @@ class IVAE(nn.Module):
 
     def encode(self, x):
         "Codes (n, codes): the means of q(z | x), in evaluation mode."
-        with torch.no_grad(), _evaluating(self): return self.posterior(x)[0]
+        with evaluating(self): return self.posterior(x)[0]
+
+    def decode(self, code):
+        "What the decoder draws of codes (n, codes), or of class probabilities (n, codes, classes), in evaluation mode, without a gradient."
+        code = torch.as_tensor(code).to(self.shift)
+        require(code.ndim > 1 and code.shape[1] == self.codes, f"codes (n, {self.codes})", tuple(code.shape), "take them from `encode`")
+        with evaluating(self): return self.decoder(code.flatten(1))
 
     def draw(self, q):
         "z ~ q, (n, codes), with a gradient."
@@ -114,6 +111,7 @@ class IVAE(nn.Module):
 
     def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
         "Train on x (n, ...) and notes u (n, aux); `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        if x.ndim == 4: x = as_images(x)
         if self.aux: self.standardise(u)
         return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if type(self) is IVAE else None, **kind)
 
@@ -205,7 +203,7 @@ class CategoricalIVAE(IVAE):
 
     def encode(self, x):
         "Class probabilities (n, codes, classes) of q(z | x), in evaluation mode."
-        with torch.no_grad(), _evaluating(self): return self.posterior(x)
+        with evaluating(self): return self.posterior(x)
 
     def draw(self, q):
         "One class for each code, one-hot, (n, codes classes), with the straight-through gradient."
@@ -236,7 +234,7 @@ class Up(nn.Module):
 
 def resnet(shape, outputs, codes, depth=18):
     "torchvision's ResNet of `depth` 18 or 50 (untrained) as encoder of images `shape` (C, H, W), sides a multiple of 32 -> (n, outputs), and a residual decoder (n, codes) -> images."
-    import torchvision
+    with wanted("torchvision", "a ResNet"): import torchvision
     require(depth in (18, 50), "a depth of 18 or 50", depth, "choose one")
     c, h, w = shape
     require(h % 32 == w % 32 == 0 < h * w, "sides that can be halved five times", f"{h} x {w}", "pad or resize the images")

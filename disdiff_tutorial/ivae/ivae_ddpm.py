@@ -10,7 +10,7 @@ __all__ = ['BEST', 'ROOMS', 'SCENES', 'HALF', 'WORLDS', 'MODELS', 'SCORES', 'SHA
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #5f3c88d9
 import torch
 from torch import nn
-from ..core import by_scale, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import Reduced
 from ..data.scenes import Scenes, rooms
 from ..data.sprites import Sprites
@@ -100,24 +100,26 @@ class IVAEDDPM(nn.Module):
 
     def fit(self, x, u=None, steps=2000, size=32, lr=1e-3, seed=0, time=uniform_time, weighting=unit, **kind):
         "Train on images x (n, C, H, W) and notes u (n, aux) together; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        x = as_images(x)
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the model for them")
         if self.ivae.aux: self.ivae.standardise(u)
         return fit(lambda *batch: self.loss(*batch, time=time, weighting=weighting), self, Batches(*((x, u) if self.ivae.aux else (x,)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if time in (uniform_time, middle_time) else None, **kind)
 
     def told(self, code):
-        "Codes (n, codes) of any kind of number as the networks take them, on their device."
-        require(torch.is_tensor(code) and code.ndim == 2 and code.shape[1] == self.ivae.codes, f"codes (n, {self.ivae.codes})", tuple(code.shape) if torch.is_tensor(code) else type(code).__name__, "take them from `encode`")
+        "Codes (n, codes), a tensor or an array of any kind of number, as the networks take them, on their device."
+        code = torch.as_tensor(code)
+        require(code.ndim == 2 and code.shape[1] == self.ivae.codes, f"codes (n, {self.ivae.codes})", tuple(code.shape), "take them from `encode`")
         return code.to(self.net.null)
 
     def sample(self, code, guidance=4., steps=20, x=None, generator=None, **kind):
-        "Images (n, C, H, W) in [-1, 1] of codes (n, codes) by the diffusion model, guided by (10)."
+        "Images (n, C, H, W) around [-1, 1], not clipped, of codes (n, codes) by the diffusion model, guided by (10)."
         code = self.told(code)
         require(len(code), "one code or more", 0, "give a row for each image")
         return sample(self.net, self.sde, (len(code), *self.shape), code, guidance=guidance, steps=steps, x=x, generator=generator, **kind)
 
     def decode(self, code):
         "The iVAE's own drawing of codes (n, codes), in [-1, 1]."
-        with torch.no_grad(): return self.ivae.decoder(self.told(code)).clamp(-1, 1)
+        return self.ivae.decode(self.told(code)).clamp(-1, 1)
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #2d59e6d8
 def beta_time(a=3., b=1.):
@@ -135,8 +137,9 @@ MODELS = {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM
           "iVAE, normal sampling": dict(ddpm=False, sampling="normal"), "classes": dict(ddpm=False, kind=CategoricalIVAE),
           **{f"{name}, ResNet-{depth}": dict(how, depth=depth) for depth in (18, 50) for name, how in {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM": {}}.items()}}
 
-def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, net=UNet, zeros=True, kind=IVAE, depth=None, kl=1e-4, back=0., mean=False, **_):
-    "An `IVAE`, one of another `kind` with ten classes a code, or an `IVAEDDPM` around one, with the paper's weights: 0.1 for the mean squared error, 1e-4 for the KL. CNNs, or a ResNet of `depth`. `mean`: the notes shift the prior, too."
+def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, net=UNet, zeros=True, kind=IVAE, depth=None, kl=1e-4, back=0., mean=False, **rest):
+    "An `IVAE`, one of another `kind` with ten classes a code, or an `IVAEDDPM` around one, with the paper's weights: 0.1 for the mean squared error, 1e-4 for the KL. CNNs, or a ResNet of `depth`. `mean`: the notes shift the prior, too. What `MODELS` says of training (time, weighting, sampling) may come along."
+    require(set(rest) <= {"time", "weighting", "sampling"}, "options of build", ", ".join(rest), "see its docstring")
     outputs, wide = (10, 10) if kind is CategoricalIVAE else (2, 1)
     require(not (mean and kind is CategoricalIVAE), "mean=False with classes", "mean=True", "let the notes shift the prior of codes that are numbers")
     encoder, decoder = resnet(shape, outputs * codes, codes, depth) if depth else cnn(shape, outputs * codes, wide * codes, cnn_width)

@@ -17,7 +17,8 @@ __all__ = ['RULES', 'checked', 'numbered', 'binned', 'counted', 'table_informati
 import math, os, warnings
 from typing import NamedTuple
 import numpy as np, torch
-from ..core import progress_bar, require
+from ..core import progress_bar, require, wanted
+
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #e80affaf
 def _native(x):
@@ -34,6 +35,10 @@ def _at_least(least, **given):
     for name, value in given.items():
         ok = all(isinstance(v, (int, np.integer)) and v >= least for v in (value if isinstance(value, (tuple, list)) else [value]))
         require(ok, f"{name} as whole numbers from {least} on", value, "choose another")
+
+def _both(codes_test, factors_test):
+    "Refuse one test table without the other."
+    require((codes_test is None) == (factors_test is None), "codes_test and factors_test together", "one alone", "give both or none")
 
 def _measurable(table, name):
     "Refuse columns that vary by less than 1e-100 or more than 1e100, or by more than their type tells apart: squares of their variances would be 0 or infinite."
@@ -78,6 +83,11 @@ def numbered(factors, least=1, reference=None):
 def binned(codes, bins=20):
     "Number of the bin, 0 to bins - 1, of each entry of `codes` (n, L): equal widths over each column's own range, as np.histogram cuts them."
     _at_least(1, bins=bins)
+    codes = _native(codes)
+    require(codes.ndim == 2 and len(codes) and not codes.is_complex(), "values (n, L) of real numbers, not empty", f"{codes.dtype} {tuple(codes.shape)}", "give one row per image; x[:, None] makes a column")
+    codes = codes if codes.is_floating_point() else codes.double()
+    wrong = int((~codes.isfinite()).sum())
+    require(not wrong, "finite values", f"{wrong} that are not", "drop these rows")
     low, high = codes.amin(0), codes.amax(0)
     low, high = torch.where(low == high, low - 0.5, low), torch.where(low == high, high + 0.5, high)
     edges = torch.arange(bins, device=codes.device).to(codes) * ((high - low) / bins)[:, None] + low[:, None]
@@ -125,7 +135,7 @@ RULES = {None: "all codes", "std": "a standard deviation of 0.05 or more (Factor
 
 def active_codes(codes, rule):
     "Which codes count as alive under one of `RULES`: (L,) bool."
-    require(rule in RULES, "a rule among None, 'std', 'range', 'iqr'", repr(rule), "choose one of these")
+    require(rule is None or isinstance(rule, str) and rule in RULES, "a rule among None, 'std', 'range', 'iqr'", repr(rule) if isinstance(rule, str) else type(rule).__name__, "choose one of these; test tables go by name, codes_test=")
     if rule is None: return torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     if rule == "std": return codes.std(0) >= 0.05
     ordered = codes.double().sort(0).values
@@ -152,7 +162,7 @@ class Trees(NamedTuple):
 
 def classifier(model, seed):
     "The classifier of scikit-learn behind the name `model`."
-    from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
+    with wanted("scikit-learn", "trees"): from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
     require(model in ("boosted", "hist", "forest"), "a model among 'boosted', 'hist', 'forest'", repr(model), "choose one of these")
     if model == "boosted": return GradientBoostingClassifier(random_state=seed)
     if model == "forest": return RandomForestClassifier(random_state=seed)
@@ -174,7 +184,7 @@ def grow_one(x, y, x_test, y_test, model, seed):
 
 def grow(codes, factors, codes_test, factors_test, model="boosted", seed=0, jobs=None):
     "`Trees` for each factor that varies; factors are fitted in parallel on `jobs` cores (default: all)."
-    from joblib import Parallel, delayed
+    with wanted("scikit-learn", "trees"): from joblib import Parallel, delayed
     (codes, factors), (codes_test, factors_test) = checked(codes, factors), checked(codes_test, factors_test)
     same_width(codes, codes_test, factors, factors_test)
     y, y_test = numbered(factors)[0].cpu().numpy(), numbered(factors_test, reference=factors)[0].cpu().numpy()
@@ -314,7 +324,7 @@ def standardised(codes, *others):
 
 def regression(x, y, **how):
     "scikit-learn's logistic regression, without its remark that 100 steps were not enough: the reference stops there."
-    from sklearn.linear_model import LogisticRegression
+    with wanted("scikit-learn", "logistic regression"): from sklearn.linear_model import LogisticRegression
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return LogisticRegression(**how).fit(x, y)
@@ -322,6 +332,7 @@ def regression(x, y, **how):
 def explicitness(codes, factors, codes_test=None, factors_test=None):
     """Explicitness, 0.5 (nothing) to 1 (Ridgeway and Mozer 2018): AUROC of each value against the rest under a logistic regression on standardised codes, mean over
     values, then factors. Fitted on `codes`; scored on the test tables if given, else on the same rows. Values that do not occur there are left out."""
+    _both(codes_test, factors_test)
     codes, factors = checked(codes, factors)
     codes_test, factors_test = (codes, factors) if codes_test is None else checked(codes_test, factors_test)
     same_width(codes, codes_test, factors, factors_test)
@@ -370,7 +381,7 @@ def _ballot(votes, size):
 def factorvae_pooled(codes, factors, codes_test=None, factors_test=None, votes=(10_000, 5_000), size=64, threshold=0.05, relative=False, seed=0):
     """`FactorVAE` score from tables alone: each group is drawn, with replacement, from the rows that share a value. No encoder, no images: one pass over the data
     serves all votes. The second number of `votes` is cast on the test tables if given, for whatever values they have. Close to `factorvae_score` as long as each value has some tens of rows."""
-    _ballot(votes, size)
+    _ballot(votes, size); _both(codes_test, factors_test)
     codes, factors = checked(codes, factors)
     second = (codes, factors) if codes_test is None else checked(codes_test, factors_test)
     same_width(codes, second[0], factors, second[1])
@@ -402,14 +413,18 @@ def pooled_votes(codes, values, n, size, variance, active, g):
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #fbdbf665
 def encoded(encode, data, factors, batch=1024, bar=None):
-    "Codes (n, L), or units (n, N, D), of the images of `factors`. `encode` gets uint8 images as `data.images` gives them (`core.to_float` makes floats)."
+    "Codes (n, L), or units (n, N, D), of the images of `factors`. `encode` gets uint8 images as `data.images` gives them (`core.to_float` makes floats); a module is in evaluation mode meanwhile."
     _at_least(1, batch=batch)
-    out = []
-    with torch.no_grad():
-        for part in factors.split(batch):
-            out.append(_native(encode(data.images(part))))
-            require(len(out[-1]) == len(part), f"{len(part)} codes from encode", len(out[-1]), "return one row per image")
-            if bar is not None: bar.update(len(part))
+    out, modes = [], [(part, part.training) for part in encode.modules()] if isinstance(encode, torch.nn.Module) else []
+    for net, _ in modes: net.training = False
+    try:
+        with torch.no_grad():
+            for part in factors.split(batch):
+                out.append(_native(encode(data.images(part))))
+                require(len(out[-1]) == len(part), f"{len(part)} codes from encode", len(out[-1]), "return one row per image")
+                if bar is not None: bar.update(len(part))
+    finally:
+        for net, mode in modes: net.training = mode
     return torch.cat(out)
 
 def factorvae_score(encode, data, votes=(10_000, 5_000), size=64, points=10_000, threshold=0.05, relative=False, seed=0, batch=16_384, progress=True):
@@ -501,6 +516,7 @@ def log_losses(x, y, x_test, y_test, size):
 
 def predictive_information(codes, factors, codes_test=None, factors_test=None, discrete=False):
     "InfoE: one minus the loss of an unpenalised logistic regression over that of a guess, mean over factors; on the rows of the fit, or on the test tables."
+    _both(codes_test, factors_test)
     codes, factors = checked(codes, factors)
     codes_test, factors_test = (codes, factors) if codes_test is None else checked(codes_test, factors_test)
     same_width(codes, codes_test, factors, factors_test)
@@ -530,15 +546,20 @@ def infomec(codes, factors, active="range", discrete=False, codes_test=None, fac
     rule of Tripod and DyGA, None keeps all. `discrete=True` counts equal codes and keeps those that vary. InfoE is scored on the rows of its fit, as the reference
     does, or on the test tables if given. InfoC is 0 with one active code, InfoM and InfoC with none."""
     codes, factors = checked(codes, factors)
+    alive = active_codes(codes, active); _both(codes_test, factors_test)
     numbered(factors, least=2)
     nmi = normalised_information(codes, factors, discrete, neighbours, seed)
-    alive = (codes != codes[:1]).any(0) if discrete else active_codes(codes, active)
+    if discrete: alive = (codes != codes[:1]).any(0)
     return InfoMEC(share_of_best(nmi[alive].T), predictive_information(codes, factors, codes_test, factors_test, discrete), share_of_best(nmi[alive]), nmi, alive)
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #643479d8
+def _kind(kind):
+    "Refuse what is no kind of correlation, a table in its place above all."
+    require(isinstance(kind, str) and kind in ("pearson", "spearman"), "the kind 'pearson' or 'spearman'", repr(kind) if isinstance(kind, str) else type(kind).__name__, "choose one of these; test tables go by name, codes_test=")
+
 def correlation(a, b, kind="pearson"):
     "Correlation of each column of `a` (n, L) with each of `b` (n, K): (L, K), 0 where one is constant; 'spearman' correlates average ranks."
-    require(kind in ("pearson", "spearman"), "the kind 'pearson' or 'spearman'", repr(kind), "choose one of these")
+    _kind(kind)
     if kind == "spearman": a, b = ranks(a), ranks(b)
     a, b = (standardised(v)[0] for v in (a, b))
     return a.T @ b / len(a)
@@ -547,6 +568,7 @@ def mcc(codes, factors, kind="pearson", codes_test=None, factors_test=None):
     """Mean correlation coefficient, 0 to 1: absolute correlation of matched codes and factors, mean over the factors that vary. Codes and factors may differ in
     number, and factors may be continuous. With test tables the match is made on the first and judged on the second: the out-of-sample form."""
     from scipy.optimize import linear_sum_assignment
+    _kind(kind); _both(codes_test, factors_test)
     codes, factors = checked(codes, factors, whole=False)
     varies = (factors != factors[:1]).any(0)
     require(varies.any(), "a factor that varies", "none", "draw more samples")
@@ -683,7 +705,7 @@ def udr(codes, kl=None, kind="lasso", least_kl=0.01):
 def weights(a, b, kind):
     "Absolute weights (L, L) with which codes `a` explain codes `b`."
     if kind == "spearman": return correlation(a, b, "spearman").abs()
-    from sklearn.linear_model import Lasso
+    with wanted("scikit-learn", "the kind 'lasso'"): from sklearn.linear_model import Lasso
     return torch.from_numpy(np.abs(np.atleast_2d(Lasso(alpha=0.1).fit(a.cpu().numpy(), b.cpu().numpy()).coef_))).T.to(a.device)
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #bcec87ec
