@@ -11,7 +11,7 @@ __all__ = ['ROOMS', 'SCENES', 'FACES', 'Encoder', 'blend', 'picture_weight', 'Co
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import by_scale, device, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, device, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data import files
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import drop_cond, middle_time, uniform_time, unit
@@ -131,7 +131,7 @@ class ComponentScore(nn.Module):
     def fit(self, images, steps=2000, size=16, lr=2e-3, seed=0, checkpoint=None, minutes=None, progress=True, **how):
         "Train encoder and net on images (n, C, H, W) uint8 or floats; `how`: options of `loss`. Times are those of our digits and the weight is `picture_weight` unless given. Returns the `Fit`."
         how = dict(weighting=picture_weight, time=middle_time) | how
-        return fit(lambda x: self.loss(x, **how), self, Batches(images, size=size, seed=seed), steps=steps, lr=lr, checkpoint=checkpoint, minutes=minutes, progress=progress, graph="components" if type(self) is ComponentScore and how["time"] is middle_time else None)
+        return fit(lambda x: self.loss(x, **how), self, Batches(as_images(images), size=size, seed=seed), steps=steps, lr=lr, checkpoint=checkpoint, minutes=minutes, progress=progress, graph="components" if type(self) is ComponentScore and how["time"] is middle_time else None)
 
     def sample(self, zeta, weights=None, steps=30, method="dpm++", **kind):
         "Images (n, C, H, W) in [-1, 1] of latents (n, k, dim), by `weights` (k + 1,) of `blend`, default all components alike. `kind`: options of `diffusion.sampling.sample`; the paper's sampler is method='em'."

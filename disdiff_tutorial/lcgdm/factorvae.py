@@ -6,8 +6,7 @@
 __all__ = ['KINDS', 'SQUARES', 'DSPRITES', 'HIDDEN', 'squares', 'kl_to_prior', 'log_normal', 'gaussian_tc', 'permuted', 'mlp',
            'critic', 'critic_loss', 'log_weights', 'batch_tc', 'convolutions', 'layers', 'Terms', 'VAE', 'BetaVAE',
            'BetaTCVAE', 'held', 'FactorVAE', 'pack', 'unpack', 'mixture_tc', 'dear_first', 'contenders', 'printed',
-           'check_range', 'learn', 'learn_together', 'judge', 'one_by_one', 'at_once', 'squares_experiment',
-           'load_autoencoders']
+           'learn', 'learn_together', 'judge', 'one_by_one', 'at_once', 'squares_experiment', 'load_autoencoders']
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #c5dbd805
 import math
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
+from ..core import as_images, by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
 from ..data.factors import Reduced
 from ..data.sprites import Sprites
 from ..diffusion.training import Batches, fit, recordable, side_by_side
@@ -237,15 +236,9 @@ def printed(shape, n):
     kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=10.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=10., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
     return {name: (build, None) for name, build in kinds.items()}
 
-def check_range(data):
-    "Raise if floats `data` are not in [-1, 1]: those from 0 to 255 would train without a word."
-    if not torch.is_tensor(data) or not data.is_floating_point() or not len(data): return
-    top = data.abs().max().item()
-    require(top <= 1.01, "floats in [-1, 1]", f"up to {top:g}", "pass uint8, or x / 127.5 - 1 of floats from 0 to 255")
-
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
     "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
-    check_range(data)
+    if not hasattr(data, "batches"): data = as_images(data)
     many = round(size / getattr(model, "share", 1))
     where = next(model.parameters()).device
     batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data.to(where), size=many, seed=seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import by_scale, check_images, device, earlier, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, check_images, device, earlier, load_tensors, require, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import Reduced
 from ..data.sprites import Sprites
 from ..diffusion.dsm import T_MIN, drop_cond, dsm_loss, middle_time, soft_truncation, unit, v_weight
@@ -22,7 +22,7 @@ from ..diffusion.sampling import sample
 from ..diffusion.sde import VPSDE
 from ..diffusion.training import Batches, fit, merged, recordable
 from ..diffusion.unet import UNet
-from .factorvae import FactorVAE, check_range, contenders, dear_first, kl_to_prior, learn, load_autoencoders, pack, squares, unpack
+from .factorvae import FactorVAE, contenders, dear_first, kl_to_prior, learn, load_autoencoders, pack, squares, unpack
 from ..metrics.disentanglement import factorvae_score, mig
 from ..metrics.quality import at_hand, note_quality
 
@@ -89,7 +89,7 @@ class LCGDM(nn.Module):
     def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, progress=True):
         """Stage 2 on `data`: uint8 images (n, C, H, W), or a `FactorData`. The first share `pretrain` of the steps sees no codes, the rest drops a share `drop` of them. Returns the two `Fit`s.
         `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`."""
-        check_range(data)
+        if not hasattr(data, "batches"): data = as_images(data)
         require(0 <= pretrain < 1, "a share pretrain from 0 to 1", pretrain, "the paper pretrains; 0.3 does")
         require(steps >= 1, "at least one step", steps, "3000 do for small images")
         where = next(self.net.parameters()).device
