@@ -48,6 +48,7 @@ class Told(nn.Module):
     def forward(self, both): return self.time(both[0]) + self.code(both[1])
 
 def check_code(code, n, codes):
+    "Raise unless `code` is (n, codes), one row a picture."
     require(tuple(code.shape) == (n, codes), f"codes ({n}, {codes})", tuple(code.shape), "give one code a picture, as wide as the net was built for")
 
 class Added(UNet):

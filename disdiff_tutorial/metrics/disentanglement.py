@@ -178,6 +178,7 @@ def importances(fitted, count):
     return out / max(out.sum(), 1e-300)
 
 def grow_one(x, y, x_test, y_test, model, seed):
+    "Trees for one factor: codes (n, L) and labels (n,) as arrays -> importances (L,), and the accuracy on them and on the test rows."
     if (y == y[0]).all(): return np.zeros(x.shape[1]), 1., (y_test == y[0]).mean()
     fitted = classifier(model, seed).fit(x, y)
     return importances(fitted, x.shape[1]), (fitted.predict(x) == y).mean(), (fitted.predict(x_test) == y_test).mean()
@@ -194,6 +195,7 @@ def grow(codes, factors, codes_test, factors_test, model="boosted", seed=0, jobs
     return Trees(*(torch.from_numpy(np.stack(v, -1)) for v in zip(*found)))
 
 def same_width(codes, codes_test, factors, factors_test):
+    "Raise unless the test tables have as many codes and factors as those to fit."
     require(codes.shape[1] == codes_test.shape[1] and factors.shape[1] == factors_test.shape[1], f"test tables with {codes.shape[1]} codes and {factors.shape[1]} factors",
             f"{codes_test.shape[1]} and {factors_test.shape[1]}", "use the same encoder and data for both")
 
@@ -395,6 +397,7 @@ def factorvae_pooled(codes, factors, codes_test=None, factors_test=None, votes=(
     return FactorVAE(score, train, tables[0], active)
 
 def pooled_votes(codes, values, n, size, variance, active, g):
+    "Votes as in the FactorVAE score from a pool of codes (m, L) with factors (m, K): n groups of `size` rows that share one factor's value -> how often each active code varies least with it, (L, K)."
     table, many = [], values.shape[1]
     if not active.any(): return torch.zeros(codes.shape[1], many, dtype=torch.long)
     unit = ((codes.double() - codes.double().mean(0)) / torch.where(active, variance, 1.).sqrt()).float()
