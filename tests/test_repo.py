@@ -89,7 +89,8 @@ def test_notebook_can_be_shown(path):
     assert not counts or counts == sorted(counts)
     assert path.stat().st_size < 3e6
     assert "widgets" not in json.loads(path.read_text())["metadata"], "state of widgets, which only scripts of other sites can show: remove it"
-    shown = json.dumps(outputs)
+    words = [o | {"data": {k: v for k, v in o.get("data", {}).items() if k != "image/png"}} for o in outputs]      # the letters of a PNG spell anything
+    shown = json.dumps(words)
     assert str(ROOT) not in shown and not re.search(r"(/root/|/home/|/Users/|/tmp/)[\w.]", shown), "a path of the machine that made it"
     assert "https://quarto" not in shown and "WARNING" not in shown
 
