@@ -58,6 +58,8 @@ EXPERIMENTS |= {
     "ivae/rooms-null": later("ivae.ivae_ddpm", "rooms_experiment", model="learned null"),
     "ivae/rooms-norec": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction"),
     "ivae/rooms-beta": later("ivae.ivae_ddpm", "rooms_experiment", model="no reconstruction, towards noise"),
+    "ivae/rooms-held": later("ivae.ivae_ddpm", "rooms_experiment", model="held"),
+    "ivae/rooms-held-worst": later("ivae.ivae_ddpm", "rooms_experiment", model="held, worst"),
     "ivae/rooms-balance": later("ivae.ivae_ddpm", "balance_experiment"),
     "ivae/rooms-search": later("sweep", "search_experiment", searched="ivae/rooms", **TABLE_1),
     "ivae/rooms-vae-search": later("sweep", "search_experiment", searched="ivae/rooms-vae", **TABLE_1),

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BEST', 'ROOMS', 'SCENES', 'HALF', 'WORLDS', 'MODELS', 'SCORES', 'SHARES', 'centred', 'nearest', 'Told', 'check_code',
-           'Added', 'Crossed', 'IVAEDDPM', 'beta_time', 'build', 'rooms_experiment', 'look', 'seen', 'four_scores',
-           'judge_codes', 'swings', 'kept', 'scores', 'load_rooms', 'balance_experiment', 'hearing']
+           'Added', 'Crossed', 'IVAEDDPM', 'beta_time', 'build', 'hold', 'rooms_experiment', 'look', 'seen',
+           'four_scores', 'judge_codes', 'swings', 'kept', 'scores', 'load_rooms', 'balance_experiment', 'hearing']
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #5f3c88d9
 import torch
 from torch import nn
-from ..core import as_images, by_scale, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, earlier, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import Reduced
 from ..data.scenes import Scenes, rooms
 from ..data.sprites import Sprites
@@ -134,18 +134,24 @@ ROOMS = dict(smoke=BEST | dict(steps=12, batch=32, width=16, cnn=8, points=400),
 SCENES = dict(smoke=BEST | dict(steps=2, width=16, cnn=8, points=100, batch=8, stem=4, pictures=100), gpu=BEST | dict(steps=20_000, width=64, cnn=32, points=10_000, batch=256, stem=4, pictures=737_280))     # 64 x 64, all there are; the paper: ten epochs of all
 HALF = {at: sizes | {"steps": sizes["steps"] // 2} for at, sizes in ROOMS.items()}
 WORLDS = {"rooms": rooms, "sprites": lambda: Reduced(Sprites(64), shrink=2, orientation=[0]), "scenes": lambda: Scenes(64), "dsprites": lambda: Sprites(64)}
-MODELS = {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM": {}, "iVAE + DDPM, weighted": dict(time=middle_time, weighting=v_weight), "added": dict(net=Added), "crossed": dict(net=Crossed), "learned null": dict(zeros=False), "no reconstruction": dict(rec=0.), "no reconstruction, towards noise": dict(rec=0., time=beta_time()),
+MODELS = {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM": {}, "iVAE + DDPM, weighted": dict(time=middle_time, weighting=v_weight), "added": dict(net=Added), "crossed": dict(net=Crossed), "learned null": dict(zeros=False), "no reconstruction": dict(rec=0.), "no reconstruction, towards noise": dict(rec=0., time=beta_time()), "held": dict(held=0), "held, worst": dict(held=4),
           "iVAE, normal sampling": dict(ddpm=False, sampling="normal"), "classes": dict(ddpm=False, kind=CategoricalIVAE),
           **{f"{name}, ResNet-{depth}": dict(how, depth=depth) for depth in (18, 50) for name, how in {"VAE": dict(aux=0, ddpm=False), "iVAE": dict(ddpm=False), "iVAE + DDPM": {}}.items()}}
 
 def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, net=UNet, zeros=True, kind=IVAE, depth=None, kl=1e-4, back=0., mean=False, **rest):
-    "An `IVAE`, one of another `kind` with ten classes a code, or an `IVAEDDPM` around one, with the paper's weights: 0.1 for the mean squared error, 1e-4 for the KL. CNNs, or a ResNet of `depth`. `mean`: the notes shift the prior, too. What `MODELS` says of training (time, weighting, sampling) may come along."
-    require(set(rest) <= {"time", "weighting", "sampling"}, "options of build", ", ".join(rest), "see its docstring")
+    "An `IVAE`, one of another `kind` with ten classes a code, or an `IVAEDDPM` around one, with the paper's weights: 0.1 for the mean squared error, 1e-4 for the KL. CNNs, or a ResNet of `depth`. `mean`: the notes shift the prior, too. What `MODELS` says of training (time, weighting, sampling, held) may come along."
+    require(set(rest) <= {"time", "weighting", "sampling", "held"}, "options of build", ", ".join(rest), "see its docstring")
     outputs, wide = (10, 10) if kind is CategoricalIVAE else (2, 1)
     require(not (mean and kind is CategoricalIVAE), "mean=False with classes", "mean=True", "let the notes shift the prior of codes that are numbers")
     encoder, decoder = resnet(shape, outputs * codes, codes, depth) if depth else cnn(shape, outputs * codes, wide * codes, cnn_width)
     ivae = kind(encoder, decoder, codes, aux, rec=rec / torch.Size(shape).numel(), kl=kl, back=back, **(dict(mean=True) if mean else {}))
     return IVAEDDPM(ivae, shape, zeros=zeros, net=net, width=width, stem=stem) if ddpm else ivae
+
+def hold(net, name, config, seed):
+    "Give an `IVAEDDPM` the iVAE that experiment `name` trained at the scale of `config` with `seed`, and keep it from learning."
+    record = earlier(name, config.scale, seed, config.out)
+    require(record, f"a record of {name} at scale {config.scale}, seed {seed}", "none", f"run it first: disdiff run {name} --scale {config.scale} --seed {seed}")
+    net.ivae.load_state_dict(load_rooms(record).ivae.state_dict()); net.ivae.requires_grad_(False)
 
 def rooms_experiment(config, model="iVAE + DDPM", world="rooms"):
     "One of `MODELS` on one of `WORLDS`: `Config` -> `Record`, the model beside it, or what is `kept` of a ResNet. At 32 x 32 ResNets take half the steps."
@@ -158,6 +164,7 @@ def rooms_experiment(config, model="iVAE + DDPM", world="rooms"):
     if sizes["mean"]: u = torch.cat([u, z + u.sqrt() * torch.randn_like(z)], 1)        # a mean from which, with that variance, the factor could have come
     aux, rec = how.pop("aux", u.shape[1]), how.pop("rec", sizes["lambda_rec"])
     net = build(data.shape, aux, sizes["width"], sizes["cnn"], rec, kl=sizes["lambda_KL"], mean=sizes["mean"], stem=sizes.get("stem", 2), **how).to(data.device)
+    if "held" in how: hold(net, "ivae/rooms", config, how["held"])
     times = {k: how[k] for k in ("time", "weighting") if k in how}
     images = data.images(factors)
     done = config.train("net", lambda **kind: net.fit(images, u, size=sizes["batch"], lr=1e-3, seed=config.seed, **times, **kind), sizes["steps"])
