@@ -46,12 +46,11 @@ class Pretended(torch.Tensor):
 
 def has(kind, *trees): return any(isinstance(x, kind) for x in tree_flatten(trees)[0])
 
-def stranger(func, args, kwargs):
-    "The first tensor of the CPU that a GPU would not take beside its own."
-    if func.overloadpacket in CROSSING or not has(Pretended, args, kwargs): return None
-    if func.overloadpacket in PLACES and isinstance(args[0], Pretended): args = (args[0], *args[2:])
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and not isinstance(x, Pretended)]
-    return next((x for x in tensors if x.ndim or func.overloadpacket in JOINING), None)
+def stranger(func, args, kwargs, leaves):
+    "Of all tensors that a GPU is given (`leaves`), the first of the CPU that it would not take beside its own."
+    if func.overloadpacket in CROSSING: return None
+    if func.overloadpacket in PLACES and isinstance(args[0], Pretended): leaves = tree_flatten((args[0], *args[2:], kwargs))[0]
+    return next((x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Pretended) and (x.ndim or func.overloadpacket in JOINING)), None)
 
 def crosses(args, kwargs):
     "Whether an operation takes tensors of both devices, or takes one to the other."
@@ -60,10 +59,11 @@ def crosses(args, kwargs):
 
 def compute(func, args, kwargs):
     "One operation, on the inner tensors; what it makes is pretended where an operand is, or where `device` says so."
-    if (other := stranger(func, args, kwargs)) is not None: raise RuntimeError(f"expected tensors on one device, found cuda and cpu {tuple(other.shape)} in {func}")
-    if Recording.on and (func.overloadpacket in LOOKS or func.overloadpacket in CROSSING and crosses(args, kwargs)): forbidden(func)
-    cuda = has(Pretended, args, kwargs) or "cuda" in str(kwargs.get("device"))      # beside a pretended one, C++ writes "cpu" and means its device
     leaves, tree = tree_flatten((args, kwargs))
+    inside = any(isinstance(x, Pretended) for x in leaves)
+    if inside and (other := stranger(func, args, kwargs, leaves)) is not None: raise RuntimeError(f"expected tensors on one device, found cuda and cpu {tuple(other.shape)} in {func}")
+    if Recording.on and (func.overloadpacket in LOOKS or func.overloadpacket in CROSSING and crosses(args, kwargs)): forbidden(func)
+    cuda = inside or "cuda" in str(kwargs.get("device"))      # beside a pretended one, C++ writes "cpu" and means its device
     for g in leaves:
         if isinstance(g, torch.Generator) and cuda: raise RuntimeError(f"expected a generator of cuda, found one of {g.device} in {func}")
     plain, named = tree_unflatten([x.inner if isinstance(x, Pretended) else x for x in leaves], tree)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal, OneHotCategorical, kl_divergence
+from disdiff_tutorial import run as runner
 from disdiff_tutorial.core import Config, load_tensors
 from disdiff_tutorial.data.factors import Rotated
 from disdiff_tutorial.ivae import ivae
 from disdiff_tutorial.ivae.ivae import CategoricalIVAE, IVAE, categorical_kl, cnn, gaussian_kl, kl_balanced, kl_split, layers, mixed, notes, rotated_score, straight_through
-from disdiff_tutorial.ivae.ivae_ddpm import ROOMS, SCORES, SHARES, balance_experiment, rooms_experiment, swings
+from disdiff_tutorial.ivae.ivae_ddpm import ROOMS, SCORES, SHARES, balance_experiment, load_rooms, rooms_experiment, swings
 from disdiff_tutorial.ivae.variance_posterior import (MAX_VARIANCE, check_factors, exact_draw, grid_draw, half_width, least_variance, likelihood, marginal, posterior, posterior_cdf,
                                                       random_segment, sample_pair, sample_variance)
 from disdiff_tutorial.metrics.disentanglement import mcc
@@ -248,3 +249,10 @@ def test_what_is_kept_of_a_resnet(tmp_path):
     n = record.config["points"]
     assert tensors["codes"].shape == tensors["drawn"].shape == (n, 10) and tensors["factors"].shape == (n, 4) and record.config["steps"] == ROOMS["smoke"]["steps"] // 2
     assert tensors["swings/decoder"].shape == tensors["swings/diffusion"].shape == (28, 1, 32, 32) and not any("weight" in k for k in tensors) and facts["model"] == "iVAE + DDPM, ResNet-18"
+
+def test_a_held_ivae_does_not_learn(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISDIFF_RUNS", str(tmp_path))
+    with pytest.raises(ValueError, match="expected a record of ivae/rooms at scale smoke, seed 0, found none: run it first: disdiff run ivae/rooms --scale smoke --seed 0"): runner.run("ivae/rooms-held", "smoke", out=tmp_path)
+    first, second = (load_rooms(runner.run(name, "smoke", out=tmp_path)).state_dict() for name in ("ivae/rooms", "ivae/rooms-held"))
+    assert all(torch.equal(first[k], second[k]) for k in first if k.startswith("ivae."))
+    assert any(not torch.equal(first[k], second[k]) for k in first if k.startswith("net."))

@@ -130,7 +130,7 @@ def beta_time(a=3., b=1.):
     return time
 
 BEST = dict(lambda_rec=.1, lambda_KL=1e-4, mean=False)                           # Table 1: of a mean squared error, of the KL, and whether the notes give a factor's mean, too
-ROOMS = dict(smoke=BEST | dict(steps=12, batch=32, width=16, cnn=8, points=400), cpu=BEST | dict(steps=2000, batch=32, width=32, cnn=32, points=3000))
+ROOMS = dict(smoke=BEST | dict(steps=4, batch=32, width=16, cnn=8, points=100), cpu=BEST | dict(steps=2000, batch=32, width=32, cnn=32, points=3000))
 SCENES = dict(smoke=BEST | dict(steps=2, width=16, cnn=8, points=100, batch=8, stem=4, pictures=100), gpu=BEST | dict(steps=20_000, width=64, cnn=32, points=10_000, batch=256, stem=4, pictures=737_280))     # 64 x 64, all there are; the paper: ten epochs of all
 HALF = {at: sizes | {"steps": sizes["steps"] // 2} for at, sizes in ROOMS.items()}
 WORLDS = {"rooms": rooms, "sprites": lambda: Reduced(Sprites(64), shrink=2, orientation=[0]), "scenes": lambda: Scenes(64), "dsprites": lambda: Sprites(64)}
@@ -239,7 +239,7 @@ SHARES = (5e-3, 2.5e-3, 5e-4, 2.5e-4, 5e-5, 2.5e-5)                            #
 
 def balance_experiment(config):
     "Table 7 on the rooms: the four scores of an iVAE for each weight of KL(q || p) and each of KL(p || q), the second also 0: `Config` -> `Record`."
-    sizes, data = config.sizes(smoke=HALF["smoke"] | dict(points=100, every=5), cpu=HALF["cpu"] | dict(every=1)), rooms()
+    sizes, data = config.sizes(smoke=HALF["smoke"] | dict(every=5), cpu=HALF["cpu"] | dict(every=1)), rooms()
     seed_everything(config.seed)
     factors = data.grid.factors(torch.arange(len(data), device=data.device)); x, u = data.images(factors), notes(centred(factors, data.grid), "exact")[0]
     record, weights = config.record(lr=1e-3, **{k: v for k, v in sizes.items() if k != "lambda_KL"}), SHARES[::sizes["every"]]

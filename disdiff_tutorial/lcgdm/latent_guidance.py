@@ -95,7 +95,7 @@ class LCGDM(nn.Module):
         where = next(self.net.parameters()).device
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data.to(where), size=size, seed=seed)
         g = torch.Generator().manual_seed(seed)                          # the same units of the codes when a killed call is made again
-        some = torch.cat([self.draw_codes(batches(10**6 + i)[0], g) for i in range(max(2, 2048 // size))])
+        some = torch.cat([self.draw_codes(batches(10**6 + i)[0], g) for i in range(max(2, min(64, 2048 // size)))])
         self.mean.copy_(some.mean(0)); self.std.copy_(some.std(0).clamp(min=1e-3))
         def stage(name, drop, steps, start, minutes):
             if not steps: return None

@@ -91,8 +91,9 @@ def note(record):
     return level
 
 @pytest.mark.timeout(3600)
-def test_race(request):
+def test_race(request, monkeypatch):
     timed = not request.config.getoption("benchmark_disable")
+    if not timed: monkeypatch.setitem(globals(), "BATCH", 8)
     seconds = 60 * float(os.environ.get("BENCH_MINUTES", 3)) if timed else 0
     train, held_out = mnist_or_digits("train"), to_float(mnist_or_digits("test").images[:500 if timed else 16])
     record = Record("benchmark/race", "cpu", 0, config=dict(width=WIDTH, batch=BATCH, data=train.name, seconds_each=seconds))
