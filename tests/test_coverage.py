@@ -51,7 +51,7 @@ def test_a_row_left_out_or_doubled_is_noticed():
     assert faults(ROWS + [ROWS[0] | {"number": "99"}], ITEMS) == ["lcgdm equation 99: expected an item of items.csv, found none"]
 
 @pytest.mark.parametrize("change, complaint", [({"status": "done"}, "expected one of checked, shown, partial, missing, found 'done'"), ({"notebook": "lcgdm/99_none"}, "found no such file"), ({"notebook": ""}, "found no such file"), ({"heading": "No heading"}, "expected the heading"),
-    ({"check": "no such code"}, "expected the code"), ({"check": ""}, "expected the code"), ({"heading": "Summary"}, "expected the code"), ({"check": "class LCGDM(nn.Module):"}, "expected an assertion"),
+    ({"check": "no such code"}, "expected the code"), ({"check": ""}, "expected the code"), ({"heading": "Summary"}, "expected the code"), ({"check": "class LCGDM(Guide):"}, "expected an assertion"),
     ({"check": "lam = s ** 2 / a ** 2"}, "expected an assertion")])                        # one line above the assertion, in its cell
 def test_a_dead_row_is_noticed(change, complaint):
     assert check(BEST) == "" and complaint in check(BEST | change)

@@ -106,3 +106,8 @@ def test_every_chapter_is_in_the_sidebar():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data/models").glob("*.safetensors")), ids=lambda p: p.stem)
 def test_weights_are_small(path): assert path.stat().st_size < 12e6
+
+def test_repository_is_light():
+    "What is tracked stays under 150 MB (design.md)."
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    assert sum((ROOT / f).stat().st_size for f in files if f and not (ROOT / f).is_symlink()) < 150e6

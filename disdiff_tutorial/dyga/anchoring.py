@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spread', 'init_gaussians', 'with_room', 'to_split', 'split', 'put', 'drop_small', 'paper_delta', 'bounded_delta',
-           'gumbel', 'DyGA', 'packed', 'unpacked', 'snap', 'FSQ']
+           'gumbel', 'Anchors', 'DyGA', 'packed', 'unpacked', 'snap', 'FSQ']
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #92aeb60b
 import torch
@@ -86,24 +86,20 @@ def gumbel(shape, generator=None, device=None, dtype=torch.float64):
     return -(-torch.rand(shape, generator=generator, device=device, dtype=dtype).clamp(min=1e-300).log()).log()
 
 # %% ../../nbs/dyga/62_anchoring.ipynb #019efa3b
-class DyGA(nn.Module):
-    """Dynamic Gaussian anchoring of `units` latent units of `dim` numbers: anchors by `select`, DyGA Algorithm 2; features moved towards them by `align`, Algorithm 3 and (6).
-    `variant`: 'paper' as printed; 'released' as the authors' code aligns; 'bounded' with distance measured against each unit's own spread. `strength` is lambda."""
-    def __init__(self, units, dim, variant="paper", strength=.1, start=8, most=32, psi=.5, phi=.5, chance=.5, rounds=3, least=10, iterations=30, tau=1e-4, subset=5000):
+class Anchors(nn.Module):
+    """A mixture for each of `units` latent units of `dim` numbers, its centres the anchors: found by `select`, DyGA Algorithm 2, and kept in buffers. `shared`: one range for all units, as in the released code."""
+    def __init__(self, units, dim, start=8, most=32, psi=.5, phi=.5, chance=.5, rounds=3, least=10, iterations=30, subset=5000, shared=False):
         super().__init__()
-        require(variant in ("paper", "released", "bounded"), "variant 'paper', 'released' or 'bounded'", repr(variant), "choose one of these")
         require(units >= 1 and dim >= 2, "at least one unit of two numbers", f"{units} of {dim}", "a scalar unit has no axes to choose from: lift it first")
         require(1 <= start <= most, f"start from 1 to most = {most}", start, "begin with fewer Gaussians")
-        require(0 <= strength <= 1 and 0 <= chance <= 1 and tau > 0, "strength and chance in [0, 1], tau > 0", f"{strength}, {chance}, {tau}", "the paper uses 0.1 and 1e-4")
-        require(psi >= 0 and 0 < phi < 1 and least >= 0, "psi >= 0, phi between 0 and 1, least >= 0", f"{psi}, {phi}, {least}", "the paper uses 0.5 and 0.5, the released code 10")
+        require(psi >= 0 and 0 < phi < 1 and 0 <= chance <= 1 and least >= 0, "psi >= 0, phi between 0 and 1, chance in [0, 1], least >= 0", f"{psi}, {phi}, {chance}, {least}", "the paper uses 0.5 and 0.5, the released code 10")
         require(rounds >= 0 and iterations >= 0 and (subset is None or subset >= most), f"rounds and iterations >= 0, subset None or >= most = {most}", f"{rounds}, {iterations}, {subset}", "3, 30 and 5000 are usual")
-        self.units, self.dim, self.variant, self.strength, self.start, self.most, self.tau = units, dim, variant, strength, start, most, tau
+        self.units, self.dim, self.start, self.most, self.shared, self.report = units, dim, start, most, shared, {}
         self.rule, self.rounds, self.least, self.iterations, self.subset = dict(psi=psi, phi=phi, chance=chance), rounds, least, iterations, subset
         double = dict(dtype=torch.float64)
         for name, v in (("weights", torch.zeros(units, most, **double)), ("means", torch.zeros(units, most, dim, **double)), ("axes", torch.eye(dim, **double).repeat(units, most, 1, 1)),
                         ("values", torch.ones(units, most, dim, **double)), ("dims", torch.ones(units, most, dtype=torch.int64)), ("low", torch.zeros(units, **double)),
                         ("size", torch.ones(units, **double)), ("scale", torch.ones(units, **double))): self.register_buffer(name, v)
-        self.report = {}
 
     def _apply(self, fn, recurse=True):
         "Goes to another device when told to, and stays in double precision when a model is cast: variances of 1e-8 are 0 in half precision."
@@ -146,11 +142,21 @@ class DyGA(nn.Module):
 
     def remember(self, x):
         "Set range and scale from x (units, n, dim), and return it scaled to [-1, 0]."
-        axes = (0, 1, 2) if self.variant == "released" else (1, 2)                                 # the released code takes one range for all units
+        axes = (0, 1, 2) if self.shared else (1, 2)
         low, high = x.amin(axes), x.amax(axes)
         self.low.copy_(low); self.size.copy_((high - low).clamp(min=1e-12))
         self.scale.copy_(spread(x, torch.ones(*x.shape[:2], 1, dtype=torch.bool, device=x.device))[:, 0].clamp(min=1e-12))
         return (x - self.low[:, None, None]) / self.size[:, None, None] - 1
+
+# %% ../../nbs/dyga/62_anchoring.ipynb #a9f425b2
+class DyGA(Anchors):
+    """Dynamic Gaussian anchoring of `units` latent units of `dim` numbers: `Anchors`, and features moved towards them by `align`, DyGA Algorithm 3 and (6).
+    `variant`: 'paper' as printed; 'released' as the authors' code aligns; 'bounded' with distance measured against each unit's own spread. `strength` is lambda. `how`: options of `Anchors`."""
+    def __init__(self, units, dim, variant="paper", strength=.1, tau=1e-4, **how):
+        require(variant in ("paper", "released", "bounded"), "variant 'paper', 'released' or 'bounded'", repr(variant), "choose one of these")
+        require(0 <= strength <= 1 and tau > 0, "strength in [0, 1], tau > 0", f"{strength}, {tau}", "the paper uses 0.1 and 1e-4")
+        super().__init__(units, dim, shared=variant == "released", **how)
+        self.variant, self.strength, self.tau = variant, strength, tau
 
     def choose(self, x, noise=None):
         "Weights (n, units, most) of the anchors for scaled features x (n, units, dim): one-hot, or a Gumbel-softmax for variant 'paper' while training."
