@@ -311,7 +311,7 @@ class LatentDiffusion(nn.Module):
         return z.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(z)
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #32df4899
-ROOMS = dict(smoke=dict(steps=4, batch=32, width=16, extractor=8, units=6, dim=8, every=2, pool=100, points=100), cpu=dict(steps=5000, batch=32, width=32, extractor=16, units=10, dim=16, every=500, pool=4000, points=3000))
+ROOMS = dict(smoke=dict(steps=4, batch=32, width=16, extractor=8, units=6, dim=8, every=2, pool=100, points=60), cpu=dict(steps=5000, batch=32, width=32, extractor=16, units=10, dim=16, every=500, pool=4000, points=3000))
 SCENES = dict(smoke=dict(steps=4, width=16, extractor=8, units=4, dim=4, every=2, pool=64, points=100, batch=8, side=64, hidden=32, few=True),
               gpu=dict(steps=15_000, width=64, extractor=32, units=20, dim=32, every=1500, pool=10_240, points=10_000, batch=512, side=64, hidden=512))
 

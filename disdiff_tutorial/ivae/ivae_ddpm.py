@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST', 'ROOMS', 'SCENES', 'HALF', 'WORLDS', 'MODELS', 'SCORES', 'SHARES', 'centred', 'nearest', 'Told', 'check_code',
-           'Added', 'Crossed', 'IVAEDDPM', 'beta_time', 'build', 'hold', 'rooms_experiment', 'look', 'seen',
-           'four_scores', 'judge_codes', 'swings', 'kept', 'scores', 'load_rooms', 'balance_experiment', 'hearing']
+           'Added', 'Crossed', 'IVAEDDPM', 'beta_time', 'build', 'seen', 'four_scores', 'judge_codes', 'scores', 'look',
+           'swings', 'kept', 'load_rooms', 'hold', 'rooms_experiment', 'balance_experiment', 'hearing']
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #5f3c88d9
 import torch
@@ -122,15 +122,16 @@ class IVAEDDPM(nn.Module):
         "The iVAE's own drawing of codes (n, codes), in [-1, 1]."
         return self.ivae.decode(self.told(code)).clamp(-1, 1)
 
-# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #2d59e6d8
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #e5e70808
 def beta_time(a=3., b=1.):
     "Times (n,) from a Beta(a, b) on [T_MIN, 1]; a > b: towards noise."
     require(a > 0 and b > 0, "a and b above 0", (a, b), "take 3 and 1 for times near noise")
     def time(n, device=None): return T_MIN + (1 - T_MIN) * torch.distributions.Beta(a, b).sample((n,)).to(device or "cpu")
     return time
 
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #592c6561
 BEST = dict(lambda_rec=.1, lambda_KL=1e-4, mean=False)                           # Table 1: of a mean squared error, of the KL, and whether the notes give a factor's mean, too
-ROOMS = dict(smoke=BEST | dict(steps=4, batch=32, width=16, cnn=8, points=100), cpu=BEST | dict(steps=2000, batch=32, width=32, cnn=32, points=3000))
+ROOMS = dict(smoke=BEST | dict(steps=4, batch=8, width=16, cnn=8, points=50), cpu=BEST | dict(steps=2000, batch=32, width=32, cnn=32, points=3000))
 SCENES = dict(smoke=BEST | dict(steps=2, width=16, cnn=8, points=100, batch=8, stem=4, pictures=100), gpu=BEST | dict(steps=20_000, width=64, cnn=32, points=10_000, batch=256, stem=4, pictures=737_280))     # 64 x 64, all there are; the paper: ten epochs of all
 HALF = {at: sizes | {"steps": sizes["steps"] // 2} for at, sizes in ROOMS.items()}
 WORLDS = {"rooms": rooms, "sprites": lambda: Reduced(Sprites(64), shrink=2, orientation=[0]), "scenes": lambda: Scenes(64), "dsprites": lambda: Sprites(64)}
@@ -146,6 +147,64 @@ def build(shape, aux, width, cnn_width, rec=.1, ddpm=True, codes=10, stem=2, net
     encoder, decoder = resnet(shape, outputs * codes, codes, depth) if depth else cnn(shape, outputs * codes, wide * codes, cnn_width)
     ivae = kind(encoder, decoder, codes, aux, rec=rec / torch.Size(shape).numel(), kl=kl, back=back, **(dict(mean=True) if mean else {}))
     return IVAEDDPM(ivae, shape, zeros=zeros, net=net, width=width, stem=stem) if ddpm else ivae
+
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #9468425d
+def seen(encode, data, n, seed=0):
+    "What the scores see, on the CPU by name: codes and the factors that vary of n drawn pictures, and of a second draw of n."
+    g = torch.Generator().manual_seed(seed)
+    keep = [k for k, s in enumerate(data.grid.sizes) if s > 1]
+    (a, f), (b, h) = (data.sample(n, g) for _ in range(2))
+    z, w = encode(a), encode(b)
+    if z.ndim == 3: z, w = unit_codes(z), unit_codes(w, z)                      # classes: a number for each code
+    return {"codes": z.cpu(), "factors": f[:, keep].cpu(), "codes_test": w.cpu(), "factors_test": h[:, keep].cpu()}
+
+SCORES = ("Discrete MIG", "Spearman MCC", "Disentanglement", "Modularity")
+
+def four_scores(codes, factors, codes_test, factors_test):
+    "The four scores of the paper's tables, all of the first pair: `dci` wants the second for other parts of its answer."
+    a, f, b, h = codes, factors, codes_test, factors_test
+    return dict(zip(SCORES, (mig(a, f), mcc(a, f, kind="spearman"), dci(a, f, b, h, model="hist", jobs=1).disentanglement, modularity(a, f))))
+
+def judge_codes(record, tables, *_):
+    "Note the four scores of the codes that `seen` gave."
+    for key, value in four_scores(**tables).items(): record.add(key, value, len(tables["codes"]), "fresh draws of the training grid")
+
+def scores(encode, data, n, seed=0):
+    "The four scores of the paper's tables (MIG, Spearman MCC, disentanglement of DCI, modularity), on n drawn pictures."
+    return four_scores(**seen(encode, data, n, seed))
+
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #a3bfe171
+def look(record, net, x):
+    "Pictures x (n, C, H, W), as they are and drawn again by each decoder of the model, for the sheet of the record."
+    z, ivae = net.encode(x), getattr(net, "ivae", net)
+    with torch.no_grad(): record.looks = {"true": x, "decoder": to_uint8(ivae.decoder(z.flatten(1)))}
+    if ivae is not net: record.looks["diffusion"] = to_uint8(net.sample(z, generator=torch.Generator().manual_seed(record.seed)))
+
+def swings(codes, factors, n=7, most=4):
+    "The `most` numbers of codes (m, d) that say most about factors (m, K), or all if there are fewer, and codes (most n, d): one of them after the other from its 2nd to its 98th percentile, the rest at their means."
+    loud = mutual_information(codes, factors).sum(1).topk(min(most, codes.shape[1])).indices.tolist()
+    low, high, lines = *codes.quantile(codes.new_tensor([.02, .98]), 0).tolist(), codes.mean(0).repeat(len(loud) * n, 1)
+    for r, j in enumerate(loud): lines[r * n:(r + 1) * n, j] = torch.linspace(low[j], high[j], n)
+    return loud, lines
+
+@torch.no_grad()
+def kept(net, data, looks, n, seed=0):
+    "What is kept of a model whose weights are too many to ship: codes of n drawn pictures, one draw of each, the factors, what each decoder draws of `swings`, and `looks`."
+    x, f = data.sample(n, torch.Generator().manual_seed(seed))
+    f, ivae = f[:, [k for k, s in enumerate(data.grid.sizes) if s > 1]].cpu(), getattr(net, "ivae", net)
+    z = torch.cat([net.encode(part) for part in x.split(500)]).cpu(); drawn = torch.cat([ivae.draw(ivae.posterior(part)) for part in x.split(500)])
+    loud, lines = swings(z, f)
+    lines = lines.to(data.device)
+    by = {"decoder": ivae.decoder(lines)} | ({} if ivae is net else {"diffusion": net.sample(lines, generator=torch.Generator().manual_seed(seed))})
+    return halved({"codes": z, "drawn": drawn}) | {"factors": f.to(torch.uint8), "loud": torch.tensor(loud)} | {f"swings/{k}": to_uint8(v) for k, v in by.items()} | {f"again/{k}": v for k, v in looks.items()}
+
+# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #4878e60a
+def load_rooms(record):
+    "The model of a record whose weights are kept, in evaluation mode on the device at hand."
+    tensors, facts = load_tensors(record.file(".safetensors"))
+    require("codes" not in tensors, "a record whose weights are kept", f"codes and drawings of {facts['model']}", "read them by load_tensors")
+    how = dict(MODELS[facts["model"]]); how.pop("aux", None)
+    return restore(build(facts["shape"], facts["aux"], facts["width"], facts["cnn"], stem=facts.get("stem", 2), mean=facts.get("mean", False), **how), tensors)
 
 def hold(net, name, config, seed):
     "Give an `IVAEDDPM` the iVAE that experiment `name` trained at the scale of `config` with `seed`, and keep it from learning."
@@ -170,69 +229,13 @@ def rooms_experiment(config, model="iVAE + DDPM", world="rooms"):
     done = config.train("net", lambda **kind: net.fit(images, u, size=sizes["batch"], lr=1e-3, seed=config.seed, **times, **kind), sizes["steps"])
     record = config.record(model=model, lr=1e-3, aux=aux, **sizes | {"pictures": len(index), "lambda_rec": rec})
     record.curves["loss"], record.images = done.curve, done.images
-    look(record, net.eval(), images[:16])
+    look(record, net.eval(), images[:min(16, sizes["batch"] // 2)])
     tables = seen(net.encode, data, sizes["points"], config.seed)
     if judged_later(): record.wait("ivae", tables)
     else: judge_codes(record, tables)
     tensors = kept(net, data, record.looks, sizes["points"], config.seed) if "depth" in how else halved(net.state_dict())
     save_tensors(config.out / f"{record.stem}.safetensors", tensors, model=model, shape=list(data.shape), aux=aux, **sizes)
     return record
-
-# %% ../../nbs/ivae/52_ivae_ddpm.ipynb #03521b23
-def look(record, net, x):
-    "Pictures x (n, C, H, W), as they are and drawn again by each decoder of the model, for the sheet of the record."
-    z, ivae = net.encode(x), getattr(net, "ivae", net)
-    with torch.no_grad(): record.looks = {"true": x, "decoder": to_uint8(ivae.decoder(z.flatten(1)))}
-    if ivae is not net: record.looks["diffusion"] = to_uint8(net.sample(z, generator=torch.Generator().manual_seed(record.seed)))
-
-def seen(encode, data, n, seed=0):
-    "What the scores see, on the CPU by name: codes and the factors that vary of n drawn pictures, and of a second draw of n."
-    g = torch.Generator().manual_seed(seed)
-    keep = [k for k, s in enumerate(data.grid.sizes) if s > 1]
-    (a, f), (b, h) = (data.sample(n, g) for _ in range(2))
-    z, w = encode(a), encode(b)
-    if z.ndim == 3: z, w = unit_codes(z), unit_codes(w, z)                      # classes: a number for each code
-    return {"codes": z.cpu(), "factors": f[:, keep].cpu(), "codes_test": w.cpu(), "factors_test": h[:, keep].cpu()}
-
-SCORES = ("Discrete MIG", "Spearman MCC", "Disentanglement", "Modularity")
-
-def four_scores(codes, factors, codes_test, factors_test):
-    "The four scores of the paper's tables, all of the first pair: `dci` wants the second for other parts of its answer."
-    a, f, b, h = codes, factors, codes_test, factors_test
-    return dict(zip(SCORES, (mig(a, f), mcc(a, f, kind="spearman"), dci(a, f, b, h, model="hist", jobs=1).disentanglement, modularity(a, f))))
-
-def judge_codes(record, tables, *_):
-    "Note the four scores of the codes that `seen` gave."
-    for key, value in four_scores(**tables).items(): record.add(key, value, len(tables["codes"]), "fresh draws of the training grid")
-
-def swings(codes, factors, n=7, most=4):
-    "The `most` numbers of codes (m, d) that say most about factors (m, K), or all if there are fewer, and codes (most n, d): one of them after the other from its 2nd to its 98th percentile, the rest at their means."
-    loud = mutual_information(codes, factors).sum(1).topk(min(most, codes.shape[1])).indices.tolist()
-    low, high, lines = *codes.quantile(codes.new_tensor([.02, .98]), 0).tolist(), codes.mean(0).repeat(len(loud) * n, 1)
-    for r, j in enumerate(loud): lines[r * n:(r + 1) * n, j] = torch.linspace(low[j], high[j], n)
-    return loud, lines
-
-@torch.no_grad()
-def kept(net, data, looks, n, seed=0):
-    "What is kept of a model whose weights are too many to ship: codes of n drawn pictures, one draw of each, the factors, what each decoder draws of `swings`, and `looks`."
-    x, f = data.sample(n, torch.Generator().manual_seed(seed))
-    f, ivae = f[:, [k for k, s in enumerate(data.grid.sizes) if s > 1]].cpu(), getattr(net, "ivae", net)
-    z = torch.cat([net.encode(part) for part in x.split(500)]).cpu(); drawn = torch.cat([ivae.draw(ivae.posterior(part)) for part in x.split(500)])
-    loud, lines = swings(z, f)
-    lines = lines.to(data.device)
-    by = {"decoder": ivae.decoder(lines)} | ({} if ivae is net else {"diffusion": net.sample(lines, generator=torch.Generator().manual_seed(seed))})
-    return halved({"codes": z, "drawn": drawn}) | {"factors": f.to(torch.uint8), "loud": torch.tensor(loud)} | {f"swings/{k}": to_uint8(v) for k, v in by.items()} | {f"again/{k}": v for k, v in looks.items()}
-
-def scores(encode, data, n, seed=0):
-    "The four scores of the paper's tables (MIG, Spearman MCC, disentanglement of DCI, modularity), on n drawn pictures."
-    return four_scores(**seen(encode, data, n, seed))
-
-def load_rooms(record):
-    "The model of a record whose weights are kept, in evaluation mode on the device at hand."
-    tensors, facts = load_tensors(record.file(".safetensors"))
-    require("codes" not in tensors, "a record whose weights are kept", f"codes and drawings of {facts['model']}", "read them by load_tensors")
-    how = dict(MODELS[facts["model"]]); how.pop("aux", None)
-    return restore(build(facts["shape"], facts["aux"], facts["width"], facts["cnn"], stem=facts.get("stem", 2), mean=facts.get("mean", False), **how), tensors)
 
 # %% ../../nbs/ivae/52_ivae_ddpm.ipynb #84266838
 SHARES = (5e-3, 2.5e-3, 5e-4, 2.5e-4, 5e-5, 2.5e-5)                            # Table 7
