@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_A_DIGIT', 'SDE', 'SIZES', 'splits', 'Reader', 'shifted', 'read', 'spoil', 'train_reader', 'legible', 'build',
-           'one_hot', 'digits', 'measure', 'draw', 'load']
+           'one_hot', 'draw', 'measure', 'digits', 'load']
 
 # %% ../nbs/diffusion/26_digits.ipynb #33c35aff
 import torch
@@ -84,7 +84,30 @@ def one_hot(labels):
     "Labels (n,) as conditions (n, 10)."
     return F.one_hot(labels, 10).float()
 
-# %% ../nbs/diffusion/26_digits.ipynb #b3cfa604
+# %% ../nbs/diffusion/26_digits.ipynb #eb2391d2
+def draw(net, labels, guidance=1., evaluations=25, generator=None):
+    "A sample (n, 1, 28, 28) for each label (n,), 500 at a time (2,500 on a GPU), by DDIM with fresh noise at each step, on the net's device."
+    labels = labels.to(net.null.device)
+    kind = dict(method="ddim", eta=1., steps=evaluations, guidance=guidance, generator=generator)
+    return torch.cat([sample(net, SDE, (len(y), 1, 28, 28), one_hot(y), **kind) for y in labels.split(2500 if labels.is_cuda else 500)])
+
+# %% ../nbs/diffusion/26_digits.ipynb #cf08f59a
+def measure(record, net, reader, test, sizes):
+    "Note in the record: the reader's accuracy, the loss on held-out digits, and how the reader judges samples with and without a class."
+    x, y = test.images.to(next(net.parameters()).device), test.labels.to(next(net.parameters()).device)
+    sure, digit = legible(reader, x)
+    record.add("reader accuracy", (digit == y).float().mean(), len(y), "test")
+    record.add("legible, real digits", sure.float().mean(), len(y), "test")
+    n = min(len(y), 2000)
+    with torch.no_grad(): record.add("held-out noise loss", torch.stack([dsm_loss(net, to_float(a), SDE, one_hot(b)) for a, b in zip(x[:n].split(250), y[:n].split(250))]).mean(), n, "test")
+    wanted = torch.arange(sizes["samples"], device=x.device) % 10
+    for w, name in ((0, "no class"), (1, "class, w = 1"), (2, "class, w = 2")):
+        sure, digit = legible(reader, draw(net, wanted, w, sizes["evaluations"]))
+        record.add(f"legible, {name}", sure.float().mean(), len(wanted), "generated")
+        record.add(f"digits seen, {name}", digit[sure].unique().numel(), len(wanted), "generated")
+        if w: record.add(f"right digit, {name}", (sure & (digit == wanted)).float().mean(), len(wanted), "generated")
+
+# %% ../nbs/diffusion/26_digits.ipynb #e0559867
 def digits(config):
     "Train on MNIST (or scikit-learn's digits), sample, and let the reader judge: `Config` -> `Record`, with weights of net and reader beside it."
     seed_everything(config.seed)
@@ -101,27 +124,6 @@ def digits(config):
     weights = {f"net/{k}": v for k, v in net.state_dict().items()} | {f"reader/{k}": v for k, v in reader.state_dict().items()}
     save_tensors(config.out / f"{record.stem}.safetensors", halved(weights))
     return record
-
-def measure(record, net, reader, test, sizes):
-    "Note in the record: the reader's accuracy, the loss on held-out digits, and how the reader judges samples with and without a class."
-    x, y = test.images.to(next(net.parameters()).device), test.labels.to(next(net.parameters()).device)
-    sure, digit = legible(reader, x)
-    record.add("reader accuracy", (digit == y).float().mean(), len(y), "test")
-    record.add("legible, real digits", sure.float().mean(), len(y), "test")
-    n = min(len(y), 2000)
-    with torch.no_grad(): record.add("held-out noise loss", torch.stack([dsm_loss(net, to_float(a), SDE, one_hot(b)) for a, b in zip(x[:n].split(250), y[:n].split(250))]).mean(), n, "test")
-    wanted = torch.arange(sizes["samples"], device=x.device) % 10
-    for w, name in ((0, "no class"), (1, "class, w = 1"), (2, "class, w = 2")):
-        sure, digit = legible(reader, draw(net, wanted, w, sizes["evaluations"]))
-        record.add(f"legible, {name}", sure.float().mean(), len(wanted), "generated")
-        record.add(f"digits seen, {name}", digit[sure].unique().numel(), len(wanted), "generated")
-        if w: record.add(f"right digit, {name}", (sure & (digit == wanted)).float().mean(), len(wanted), "generated")
-
-def draw(net, labels, guidance=1., evaluations=25, generator=None):
-    "A sample (n, 1, 28, 28) for each label (n,), 500 at a time (2,500 on a GPU), by DDIM with fresh noise at each step, on the net's device."
-    labels = labels.to(net.null.device)
-    kind = dict(method="ddim", eta=1., steps=evaluations, guidance=guidance, generator=generator)
-    return torch.cat([sample(net, SDE, (len(y), 1, 28, 28), one_hot(y), **kind) for y in labels.split(2500 if labels.is_cuda else 500)])
 
 def load(record):
     "Net and reader of a record, in evaluation mode on the device at hand."

@@ -453,7 +453,7 @@ def write_index(rows, out, at):
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>disdiff_tutorial</title><h1>disdiff_tutorial, scale {at}</h1><table cellpadding=4>"
     with atomic(Path(out) / "times.html") as tmp: tmp.write_text(page + "".join(map(line, rows)) + "</table></html>")
 
-# %% ../nbs/02_run.ipynb #97c4834b
+# %% ../nbs/02_run.ipynb #7092c03f
 def fingerprint(path, at):
     "What must not change for a finished notebook to count as done: its cells and the scale."
     import nbformat
@@ -479,6 +479,7 @@ def run_one(path, name, target, key):
     print(f"\r{name:32s} {len(nb.cells):7d} cells {row['seconds']:6.0f} s {peak:6d} MB  {row['said']}", flush=True)
     return row
 
+# %% ../nbs/02_run.ipynb #713b08e6
 def book_record(rows, at):
     "What a whole pass cost: seconds and peak memory of each notebook, and what it trained or loaded."
     record = Record("book", at, 0, config={r["name"]: r["said"] for r in rows if r["said"]}, seconds=sum(r["seconds"] for r in rows))

