@@ -43,7 +43,7 @@ def check_space(space):
     for key, kind in space.items():
         require(isinstance(kind, list) and kind or isinstance(kind, dict) and proper(kind), f"for {key!r} a list of choices, or a range {{low, high, [log]}}, low below high, above 0 with log", kind, "correct it")
 
-# %% ../nbs/03_sweep.ipynb #3240d871
+# %% ../nbs/03_sweep.ipynb #388e18f0
 def open_study(name, at, space, metric, folder, seed=None, low=False, seeds=(0,)):
     "The optuna study of experiment `name` at scale `at` in the journal of `folder`, a new one or one begun; one line if trials were begun with another space, metric, direction or other seeds. `seed`: of the search."
     with wanted("optuna", "searches"): import optuna
@@ -63,6 +63,7 @@ def open_study(name, at, space, metric, folder, seed=None, low=False, seeds=(0,)
     require(study.user_attrs["asked"] == asked, f"what the journal was begun with, {study.user_attrs['asked']}", asked, "use that, or another folder")
     return study
 
+# %% ../nbs/03_sweep.ipynb #17623a46
 def sweep(name, space, metric, trials, folder, scale_=None, seeds=(0,), seed=None, low=False, minutes=None):
     """Search the sizes in `space` of experiment `name` for the highest (`low`: lowest) mean of `metric` over `seeds`, until `trials` are complete or failed in the journal of `folder`, those of others included. Returns the study.
     `seed`: of the search itself, for one process alone; None: another in each process. `minutes`: begin no trial after so many. A trial that ends in a loss that is not finite counts as failed, and the search goes on. Needs optuna."""
@@ -88,6 +89,7 @@ def ranking(study):
     rows = [(t.value, t.params, t.number) for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     return sorted(rows, key=lambda row: row[0], reverse=study.direction.name == "MAXIMIZE")
 
+# %% ../nbs/03_sweep.ipynb #a0b68637
 def command(args):
     "`disdiff sweep`: search, and print the five best."
     study = sweep(args.name, read_space(args.space), args.metric, args.trials, args.out, args.scale, args.seeds, low=args.low)

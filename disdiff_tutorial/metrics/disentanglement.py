@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'checked', 'numbered', 'binned', 'counted', 'table_information', 'entropies', 'mutual_information', 'gap',
-           'mig', 'active_codes', 'modularity', 'Trees', 'classifier', 'importances', 'grow_one', 'grow', 'same_width',
+           'mig', 'active_codes', 'modularity', 'Trees', 'classifier', 'importances', 'grow_one', 'same_width', 'grow',
            'DCI', 'focus', 'dci_of', 'dci', 'below', 'side', 'running', 'linear_machines', 'svm_accuracy', 'sap',
            'ranks', 'auroc', 'standardised', 'regression', 'explicitness', 'voted', 'FactorVAE', 'elect', 'enough',
            'factorvae_pooled', 'pooled_votes', 'encoded', 'factorvae_score', 'neighbour_information',
@@ -20,7 +20,7 @@ import numpy as np, torch
 from ..core import progress_bar, require, wanted
 
 
-# %% ../../nbs/metrics/30_disentanglement.ipynb #e80affaf
+# %% ../../nbs/metrics/30_disentanglement.ipynb #3ed82d54
 def _native(x):
     "Arrays and lists as tensors, in native byte order and without negative strides; what else has a shape (tensors, `Stored`) as it is."
     if hasattr(x, "shape") and not hasattr(x, "__array__"): return x
@@ -47,6 +47,7 @@ def _measurable(table, name):
     wrong = ((low != high) & ((spans < 1e-100) | (spans > 1e100)).any(0)).nonzero().flatten().tolist()
     require(not wrong, f"{name} that vary by 1e-100 to 1e100, or not at all", f"column {wrong[:1]} from {low[wrong[:1]].tolist()} to {high[wrong[:1]].tolist()}", "shift and scale them first")
 
+# %% ../../nbs/metrics/30_disentanglement.ipynb #9cf4efec
 def checked(codes, factors, whole=True):
     "Codes (n, L) as float32 or float64 and factors (n, K) on the same device, or one line that says what is wrong."
     codes, factors = _native(codes), _native(factors)
@@ -66,6 +67,7 @@ def checked(codes, factors, whole=True):
     if not whole: _measurable(factors, "factors")
     return codes, factors
 
+# %% ../../nbs/metrics/30_disentanglement.ipynb #27915c1f
 def numbered(factors, least=1, reference=None):
     """Factors that vary, with their values numbered from 0: (n, K'), and how many values each has (K',). Values are those of `reference` (default: of `factors`
     itself); others get -1, which no prediction equals. `least` factors must vary."""
@@ -153,7 +155,7 @@ def modularity(codes, factors, bins=20, active=None):
     each = torch.where(best > 0, 1 - (square.sum(1) - best) / (best.clamp(min=1e-300) * (len(sizes) - 1)), 0.)
     return each.mean().item() if len(each) else 0.
 
-# %% ../../nbs/metrics/30_disentanglement.ipynb #51e5108b
+# %% ../../nbs/metrics/30_disentanglement.ipynb #694c4084
 class Trees(NamedTuple):
     "One classifier per factor: importance (L, K), and the share of right answers on the points it was fitted on and on others, (K,) each."
     importance: torch.Tensor
@@ -177,11 +179,17 @@ def importances(fitted, count):
         np.add.at(out, splits["feature_idx"], splits["gain"])
     return out / max(out.sum(), 1e-300)
 
+# %% ../../nbs/metrics/30_disentanglement.ipynb #34817618
 def grow_one(x, y, x_test, y_test, model, seed):
     "Trees for one factor: codes (n, L) and labels (n,) as arrays -> importances (L,), and the accuracy on them and on the test rows."
     if (y == y[0]).all(): return np.zeros(x.shape[1]), 1., (y_test == y[0]).mean()
     fitted = classifier(model, seed).fit(x, y)
     return importances(fitted, x.shape[1]), (fitted.predict(x) == y).mean(), (fitted.predict(x_test) == y_test).mean()
+
+def same_width(codes, codes_test, factors, factors_test):
+    "Raise unless the test tables have as many codes and factors as those to fit."
+    require(codes.shape[1] == codes_test.shape[1] and factors.shape[1] == factors_test.shape[1], f"test tables with {codes.shape[1]} codes and {factors.shape[1]} factors",
+            f"{codes_test.shape[1]} and {factors_test.shape[1]}", "use the same encoder and data for both")
 
 def grow(codes, factors, codes_test, factors_test, model="boosted", seed=0, jobs=None):
     "`Trees` for each factor that varies; factors are fitted in parallel on `jobs` cores (default: all)."
@@ -193,11 +201,6 @@ def grow(codes, factors, codes_test, factors_test, model="boosted", seed=0, jobs
     jobs = jobs or (1 if model == "hist" else min(os.cpu_count(), y.shape[1]))       # histogram boosting is parallel by itself
     found = Parallel(jobs, prefer="threads")(delayed(grow_one)(x, a, x_test, b, model, seed) for a, b in zip(y.T, y_test.T))
     return Trees(*(torch.from_numpy(np.stack(v, -1)) for v in zip(*found)))
-
-def same_width(codes, codes_test, factors, factors_test):
-    "Raise unless the test tables have as many codes and factors as those to fit."
-    require(codes.shape[1] == codes_test.shape[1] and factors.shape[1] == factors_test.shape[1], f"test tables with {codes.shape[1]} codes and {factors.shape[1]} factors",
-            f"{codes_test.shape[1]} and {factors_test.shape[1]}", "use the same encoder and data for both")
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #7ce67bd9
 class DCI(NamedTuple):
