@@ -146,8 +146,9 @@ def save_tensors(path, tensors, **facts):
 
 def unrounded(tensors):
     "`rounded` backwards: floats in half precision, at most half a step from what they were."
-    step = lambda k: tensors.get(k + STEP)
-    return {k: v if step(k) is None else (v * step(k)).half() for k, v in tensors.items() if not k.endswith(STEP)}
+    steps = {k + STEP: k for k, v in tensors.items() if v.dtype == torch.int8 and k + STEP in tensors}
+    small = {k: (tensors[k] * tensors[name]).half() for name, k in steps.items()}
+    return {k: v for k, v in tensors.items() if k not in steps} | small
 
 def load_tensors(path):
     "Read what `save_tensors` wrote: a dict of tensors on the CPU, `rounded` ones as halves, and the dict of facts."

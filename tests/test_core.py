@@ -261,3 +261,12 @@ def test_operations_of_a_step_are_counted():
     assert done.flop == 2 * 2 * 30 * 20
     both = core.effort((done, None, done._replace(flop=0.)))
     assert both == dict(steps=6, images=48, seconds=2 * done.seconds, gflop=pytest.approx(1200e-9)) and core.effort((None,)) == dict(steps=0, images=0, seconds=0., gflop=0.)
+
+def test_rounded_weights_come_back_and_other_tensors_keep_their_names(tmp_path):
+    mine = {"x": torch.ones(2), "x step": torch.ones(2), "small": torch.tensor([1, 2], dtype=torch.int8), "zeros": torch.zeros(128, 128, dtype=torch.float16), "w": torch.randn(128, 128).half()}
+    core.save_tensors(tmp_path / "w", core.rounded(mine), of="a test")
+    back, facts = core.load_tensors(tmp_path / "w")
+    assert set(back) == set(mine) and facts == {"of": "a test"} and {k: v.dtype for k, v in back.items()} == {k: v.dtype for k, v in mine.items()}
+    assert all(torch.equal(back[k], mine[k]) for k in ("x", "x step", "small", "zeros"))
+    step = mine["w"].float().abs().amax(1, keepdim=True) / 127
+    assert ((back["w"] - mine["w"]).float().abs() <= step / 2 + 2e-3).all()
