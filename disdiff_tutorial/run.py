@@ -160,7 +160,7 @@ def closest(found, at):
     return next((r for r in found if level(r) <= SCALES.index(at)), min(found, key=level))
 
 def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
-    """The record of experiment `name`: the best at hand, or a new one. Prints one line that says which.
+    """The record of experiment `name`: the best at hand, of those with weights if any has them, or a new one. Prints one line that says which.
 
     With `scale_` the best of at most this scale, if there is one. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. `seed`: only records of this seed count, and a training has it; default: the best record at hand, whatever its seed, and 0 for a training. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
@@ -171,6 +171,7 @@ def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, with
     require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
     if not (retrain or out) and (found := [r for r in records(name) if seed in (None, r.seed)]):
+        found = [r for r in found if r.file(".safetensors").is_file()] or found         # the weights of some records were too many to ship
         found = closest(found, scale_) if scale_ else found[0]
         print(describe(found, "loaded")); return found
     config = Config(name, at, 0 if seed is None else seed, minutes, Path(out or runs_dir()), within, share, change or {})

@@ -112,3 +112,10 @@ def test_compiled_extractor_trains_alike(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_families_are_rehearsed():
     assert set(runner.rehearse()) == set(runner.WAYS["both"])
+
+def test_a_record_with_weights_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISDIFF_RUNS", str(tmp_path)); monkeypatch.setattr(runner, "checkout", lambda: None)
+    for at in ("cpu", "gpu"): Record("components/digits", at, 0).save(tmp_path)
+    assert runner.run("components/digits").scale == "gpu"                       # none has weights: the best
+    (tmp_path / "components-digits-cpu-s0.safetensors").touch()
+    assert runner.run("components/digits").scale == "cpu"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'SCENES', 'FACES', 'Encoder', 'blend', 'picture_weight', 'ComponentScore', 'OnePass', 'compose', 'Pictures',
-           'build', 'train', 'judged', 'measure', 'rooms_experiment', 'scenes_experiment', 'faces_experiment',
-           'digits_experiment', 'load_model', 'held_out', 'carried', 'antisymmetric']
+           'build', 'train', 'judged', 'measure', 'rooms_experiment', 'scenes_experiment', 'smaller',
+           'faces_experiment', 'digits_experiment', 'load_model', 'held_out', 'carried', 'antisymmetric']
 
 # %% ../../nbs/components/70_decomposition.ipynb #2dfacf74
 import torch
@@ -213,7 +213,8 @@ def judged(model, x, evaluations, seed):
     "What is drawn of held-out images x (n, C, H, W), uint8: rebuilt, with the first component of another picture, from the first component alone, without a code; and the images themselves."
     g, zeta = torch.Generator().manual_seed(seed), model.encode(x)
     kinds = {"rebuilt": (zeta, blend(model.k)), "composed": (compose(zeta, zeta.roll(1, 0), 0), blend(model.k)), "one component": (zeta, blend(model.k, only=0)), "no code": (zeta, torch.eye(model.k + 1)[-1])}
-    draw = lambda z, w: to_uint8(model.sample(z, w, steps=evaluations, x=torch.randn(x.shape, generator=g).to(x.device)))
+    part = lambda z, w, start: to_uint8(model.sample(z, w, steps=evaluations, x=start.to(x.device)))
+    draw = lambda z, w: torch.cat([part(a, w, b) for a, b in zip(z.split(500), torch.randn(x.shape, generator=g).split(500))])      # a GPU takes minutes to try its convolutions on thousands of pictures at once
     return {name: draw(*kind) for name, kind in kinds.items()} | {"other true pictures": x}
 
 @torch.no_grad()
@@ -241,12 +242,16 @@ def scenes_experiment(config, k=3, **how):
     few = lambda side, n: data.images(data.grid.factors(side[torch.randperm(len(side), generator=g)[:n]].to(data.device)))
     return train(config, few(split.train, sizes["pictures"]), few(split.test, max(sizes["points"], sizes["judged"], 16)), k, sizes=sizes, **how)
 
+def smaller(x, size=48):
+    "Images (n, C, H, W) uint8 at `size`, by bilinear resampling with antialiasing."
+    return F.interpolate(x.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+
 def faces_experiment(config, k=3, **how):
     "Components of LFW at 48 x 48; every tenth face is held out. Where LFW is not on disk, one printed line, and scenes stand in."
     sizes = config.sizes(**FACES)
     try: x = files.load("lfw").images[:sizes.get("pictures")]
     except files.Unavailable: print("LFW is not on disk; rendered scenes stand in (load('lfw') says how to get it)"); x = Scenes(64).sample(2000, torch.Generator().manual_seed(0))[0]
-    x = torch.cat([F.interpolate(part.to(device()).float(), 48, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8) for part in x.split(2000)])
+    x = torch.cat([smaller(part.to(device())) for part in x.split(2000)])
     held = torch.arange(len(x), device=x.device) % 10 == 0
     return train(config, x[~held], x[held], k, sizes=sizes, **how)
 
