@@ -125,7 +125,8 @@ EXPERIMENTS |= {
     "components/digits": later("components.decomposition", "digits_experiment"),
     "components/scenes": later("components.decomposition", "scenes_experiment"),
     "components/scenes-5": later("components.decomposition", "scenes_experiment", k=5),
-    "components/faces": later("components.decomposition", "faces_experiment"),
+    "components/faces": later("components.decomposition", "photographs_experiment"),
+    "components/cifar": later("components.decomposition", "photographs_experiment", name="cifar10", size=32),
 }
 
 # %% ../nbs/02_run.ipynb #210ca7a2
