@@ -214,7 +214,7 @@ def judged(model, x, evaluations, seed):
     g, zeta = torch.Generator().manual_seed(seed), model.encode(x)
     kinds = {"rebuilt": (zeta, blend(model.k)), "composed": (compose(zeta, zeta.roll(1, 0), 0), blend(model.k)), "one component": (zeta, blend(model.k, only=0)), "no code": (zeta, torch.eye(model.k + 1)[-1])}
     part = lambda z, w, start: to_uint8(model.sample(z, w, steps=evaluations, x=start.to(x.device)))
-    draw = lambda z, w: torch.cat([part(a, w, b) for a, b in zip(z.split(500), torch.randn(x.shape, generator=g).split(500))])      # a GPU takes minutes to try its convolutions on thousands of pictures at once
+    draw = lambda z, w: torch.cat([part(a, w, b) for a, b in zip(z.split(500), torch.randn(x.shape, generator=g).split(500))])
     return {name: draw(*kind) for name, kind in kinds.items()} | {"other true pictures": x}
 
 @torch.no_grad()

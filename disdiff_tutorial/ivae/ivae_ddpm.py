@@ -154,7 +154,7 @@ def seen(encode, data, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     keep = [k for k, s in enumerate(data.grid.sizes) if s > 1]
     (a, f), (b, h) = (data.sample(n, g) for _ in range(2))
-    z, w = (torch.cat([encode(part) for part in x.split(500)]) for x in (a, b))        # a GPU takes minutes to try its convolutions on ten thousand pictures at once
+    z, w = (torch.cat([encode(part) for part in x.split(500)]) for x in (a, b))
     if z.ndim == 3: z, w = unit_codes(z), unit_codes(w, z)                      # classes: a number for each code
     return {"codes": z.cpu(), "factors": f[:, keep].cpu(), "codes_test": w.cpu(), "factors_test": h[:, keep].cpu()}
 
