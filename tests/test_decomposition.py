@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, OnePass, Pictures, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, judged, load_model, measure, picture_weight, rooms_experiment)
+from disdiff_tutorial.components.decomposition import (ComponentScore, Encoder, OnePass, Pictures, antisymmetric, blend, build, carried, compose, digits_experiment, held_out, judged, load_model, measure, photographs_experiment, picture_weight, rooms_experiment)
 from disdiff_tutorial.core import Config, Record, to_uint8
 from disdiff_tutorial.data.scenes import rooms
 from disdiff_tutorial.diffusion.dsm import middle_time, uniform_time, unit
@@ -215,3 +215,13 @@ def test_another_process_and_net():
         def forward(self, xt, t, cond): return xt * self.a(cond)[:, :, None, None]
     model = ComponentScore(Plain(), Encoder((3, 16, 16), 2, 10, 8), 2, VPSDE(), dim=10)
     model.fit(x, steps=2, size=4, progress=False); assert model.sample(model.encode(x[:3]), steps=2).shape == (3, 3, 16, 16)
+
+def test_cifar_where_it_is_on_disk(tmp_path, monkeypatch, capsys):
+    "Files of the true format, with fewer pictures: the experiment takes them, and holds out every tenth."
+    from test_files import cifar_bytes, shrink, unsized
+    pictures, folder = np.random.default_rng(0).integers(0, 256, (6, 20, 32, 32, 3), np.uint8), tmp_path / "cifar10/cifar-10-batches-bin"; folder.mkdir(parents=True)
+    for name, batch in zip((*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"), pictures): (folder / f"{name}.bin").write_bytes(cifar_bytes(batch, [3] * 20))
+    shrink(monkeypatch, "cifar10", splits={"train": 100, "test": 20}, files=unsized("cifar10")); monkeypatch.setenv("DISDIFF_DATA", str(tmp_path))
+    record = photographs_experiment(Config("components/cifar", "smoke", 0, None, tmp_path), name="cifar10", size=32)
+    held = torch.from_numpy(pictures[:2].reshape(40, 32, 32, 3)[:32:10]).permute(0, 3, 1, 2)
+    assert "not on disk" not in capsys.readouterr().out and sorted(record.looks["true"].flatten(1).sum(1).tolist()) == sorted(held.flatten(1).sum(1).tolist())
