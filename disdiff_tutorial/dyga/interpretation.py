@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core import require, to_float
 from .anchoring import FSQ, DyGA
 from .latent_diffusion import load_model, rooms_experiment
-from .skip_dropout import SkipDropout
+from .skip_dropout import BackboneDropout, SkipDropout
 
 # %% ../../nbs/dyga/64_interpretation.ipynb #5018fa02
 class Rounded(torch.nn.Module):
@@ -24,13 +24,14 @@ class Rounded(torch.nn.Module):
 
 TIDY = {None: lambda units, dim: None, "fsq": lambda units, dim: Rounded(dim), **{v: (lambda units, dim, v=v: DyGA(units, dim, variant=v)) for v in ("paper", "released", "bounded")}}
 
-def ablation_experiment(config, anchors=None, skip=0., whole=False, latent=False, **options):
-    "The rooms, or the `whole` of the scenes, in pixels or in `latent`s, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`: `Config` -> `Record`. Anchored models are scored after alignment."
+def ablation_experiment(config, anchors=None, skip=0., backbone=0., whole=False, latent=False, **options):
+    "The rooms, or the `whole` of the scenes, in pixels or in `latent`s, with `anchors` (a variant of `DyGA`, or 'fsq') and skip dropout at rate `skip`, or its control at rate `backbone`: `Config` -> `Record`. Anchored models are scored after alignment."
     require(anchors in TIDY, f"anchors among {', '.join(map(repr, TIDY))}", repr(anchors), "choose one of these")
     def change(model, sizes):
         if anchors: model.tidy, model.every = TIDY[anchors](sizes["units"], sizes["dim"]), sizes["every"]
         if skip: SkipDropout(skip, **options).attach(model.net)
-    return rooms_experiment(config, change, whole, latent, anchors=anchors, skip=skip, **options)
+        if backbone: BackboneDropout(backbone, **options).attach(model.net)
+    return rooms_experiment(config, change, whole, latent, anchors=anchors, skip=skip, **(dict(backbone=backbone) if backbone else {}), **options)
 
 def load_ablation(record):
     "The model of a record of `ablation_experiment`."
