@@ -41,6 +41,8 @@ EXPERIMENTS = {                                                 # name -> functi
     "lcgdm/digits-zeros": later("lcgdm.scaling", "digits_experiment", zeros=True),
     "lcgdm/celeba": later("lcgdm.scaling", "faces_experiment", data="celeba"),
     "lcgdm/faces": later("lcgdm.scaling", "faces_experiment"),
+    "lcgdm/faces-autoencoders": later("lcgdm.scaling", "rivals_experiment"),
+    "lcgdm/faces-bound": later("lcgdm.scaling", "bound_experiment"),
 }
 
 # %% ../nbs/02_run.ipynb #5940a2c5
