@@ -34,7 +34,7 @@ def v_weight(sde, t):
     return ((a**2 + s**2) / a) ** 2
 
 def middle_time(n, device=None):
-    "Times (n,), logit-normal: most where a picture is decided, around 0.4; few at the ends, where there is little left to learn."
+    "Times (n,), logit-normal with median 0.4: most where a picture is decided, few at the ends, where there is little left to learn."
     return T_MIN + (1 - T_MIN) * torch.sigmoid(torch.randn(n, device=device) - 0.4)
 
 # %% ../../nbs/diffusion/21_dsm.ipynb #7a49ead5
@@ -53,6 +53,7 @@ def dsm_loss(net, x0, sde, cond=None, weighting=unit, time=uniform_time):
 def drop_cond(cond, null, p, generator=None):
     "Replace each row of cond (n, d) or (n, N, D) by `null` (broadcast to a row) with probability p, so that one net learns both scores."
     require(0 <= p <= 1, "a probability p in [0, 1]", p, "use 0.1 to 0.2")
+    require(isinstance(cond, torch.Tensor) and null.shape[-1:] == cond.shape[-1:], "cond (n, d) or (n, N, D) and a null of its width", f"{None if cond is None else tuple(cond.shape)}, {tuple(null.shape)}", "use net.null")
     require(cond.is_floating_point(), "conditions of floats, as the null is", cond.dtype, "use .float()")     # whole numbers would cut the null to 0
     drop = torch.rand(len(cond), generator=generator, device=cond.device) < p
     return torch.where(like(drop, cond), null.to(cond.dtype).expand_as(cond), cond)

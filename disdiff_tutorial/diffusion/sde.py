@@ -18,7 +18,7 @@ def like(t, x):
 
 def check_time(t):
     "Raise unless all times lie in [0, 1]. Not checked on a GPU, where reading them would stall every step."
-    require(isinstance(t, torch.Tensor), "times as a tensor", type(t).__name__, "use torch.tensor(t)")
+    require(isinstance(t, torch.Tensor) and t.is_floating_point(), "times as a tensor of floats", getattr(t, "dtype", type(t).__name__), "use torch.tensor(float(t)), or steps / number")
     if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
         require(False, "times t in [0, 1]", f"{t.min():.3g} to {t.max():.3g}", "divide steps by their number")
 
@@ -52,10 +52,12 @@ class SDE:
         return Normal(0., self.prior_std).log_prob(x).flatten(1).sum(1)
 
     def convert(self, value, xt, t, source, target):
-        """The same prediction in other words: `source` and `target` among 'eps', 'score', 'x0', 'v'.
+        """The same prediction in other words, `source` and `target` among 'eps', 'score', 'x0', 'v': value and xt (n, ...), times t (n,) or a scalar.
         score = -eps / sigma; x0 = (xt - sigma eps) / alpha; v = alpha eps - sigma x0."""
         for word in (source, target): require(word in ("eps", "score", "x0", "v"), "eps, score, x0 or v", repr(word), "choose one of them")
         require(value.shape == xt.shape, f"a prediction of the shape of xt, {tuple(xt.shape)}", tuple(value.shape), "let the net answer every pixel")
+        check_time(t)
+        require(t.shape in ((), (1,), xt.shape[:1]), f"one time, or {len(xt)}", f"shape {tuple(t.shape)}", "give one per image")
         a, s = like(self.alpha(t), xt), like(self.sigma(t), xt)
         return value if source == target else from_pair(*to_pair(value, xt, a, s, source), a, s, target)
 
@@ -111,6 +113,7 @@ class GaussianMixture:
     the score given a class and the likelihood are known in closed form for every SDE with xt = alpha x0 + sigma eps."""
     def __init__(self, weights, means, stds):
         weights, self.means, stds = (x if x.is_floating_point() else x.float() for x in map(torch.as_tensor, (weights, means, stds)))
+        require(weights.ndim == 1, "weights (k,)", tuple(weights.shape), "give one per component")
         k = len(weights)
         require(self.means.ndim == 2 and len(self.means) == k, f"means (k, d) for {k} weights", tuple(self.means.shape), "give one row per component")
         require(tuple(stds.shape) in ((k,), (k, 1), tuple(self.means.shape)), f"stds ({k},) or {tuple(self.means.shape)}", tuple(stds.shape), "give one or d per component")
@@ -121,7 +124,7 @@ class GaussianMixture:
     def sample(self, n, generator=None):
         "n draws x0 (n, d) and the components they came from (n,) int64."
         k = torch.multinomial(self.weights, n, True, generator=generator)
-        return self.means[k] + self.stds[k] * torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype), k
+        return self.means[k] + self.stds[k] * torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype, device=self.means.device), k
 
     def at(self, sde, t, cond=None):
         "The distribution of xt at times t (n,) as torch.distributions; `cond` (n, k) replaces the weights row by row (one-hot: one class)."

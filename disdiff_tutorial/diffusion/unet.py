@@ -28,7 +28,9 @@ class TimeEmbedding(nn.Module):
 # %% ../../nbs/diffusion/22_unet.ipynb #95b2070e
 def norm(channels):
     "Group normalisation with groups of at least 4 channels, 32 groups at most."
-    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
+    groups = math.gcd(32, max(channels // 4, 1))
+    while channels % groups: groups //= 2                                 # 9 channels: one group
+    return nn.GroupNorm(groups, channels)
 
 def zero(layer):
     "The layer with all parameters 0, so that its block starts as the identity."
@@ -37,7 +39,7 @@ def zero(layer):
 
 # %% ../../nbs/diffusion/22_unet.ipynb #c6801288
 class AdaGN(nn.Module):
-    "z_s (t_s GroupNorm(h) + t_b), score components (14): time scales and shifts, the code scales. All start as the plain GroupNorm."
+    "z_s (t_s GroupNorm(h) + t_b), score components (14): time scales and shifts, the code scales: h (n, channels, H, W), temb (n, time_dim), cond (n, cond_dim) -> the shape of h. All start as the plain GroupNorm."
     def __init__(self, channels, time_dim, cond_dim=None):
         super().__init__()
         self.norm, self.time = norm(channels), zero(nn.Linear(time_dim, 2 * channels))
@@ -55,7 +57,7 @@ class AdaGN(nn.Module):
 
 # %% ../../nbs/diffusion/22_unet.ipynb #a9246dd0
 class ResBlock(nn.Module):
-    "(n, c_in, H, W) -> (n, c_out, H, W): two 3x3 convolutions with AdaGN between, added to the input."
+    "(n, c_in, H, W) -> (n, c_out, H, W): two 3x3 convolutions with AdaGN between, added to the input; temb (n, time_dim), cond (n, cond_dim) or None."
     def __init__(self, c_in, c_out, time_dim, cond_dim=None):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -86,7 +88,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/diffusion/22_unet.ipynb #4ee60fe5
 class Stage(nn.Module):
-    "A residual block, then self-attention and cross-attention where asked for."
+    "A residual block, then self-attention and cross-attention where asked for: (n, c_in, H, W) -> (n, c_out, H, W); cond (n, adagn_dim), or (n, N, token_dim) for cross-attention."
     def __init__(self, c_in, c_out, time_dim, adagn_dim=None, attend=False, token_dim=None):
         super().__init__()
         self.block = ResBlock(c_in, c_out, time_dim, adagn_dim)
@@ -112,6 +114,7 @@ class UNet(nn.Module):
         require(width > 0 and width % 4 == 0, "a width divisible by 4", width, "round it")
         require(mults and min(channels, blocks, stem, *mults) >= 1, "mults, and channels, blocks, stem and each of mults at least 1", f"{mults}, {channels}, {blocks}, {stem}", "correct them")
         require(cond_dim is None or cond_dim >= 1, "cond_dim None or at least 1", cond_dim, "None means no condition")
+        require(isinstance(attend, (tuple, list)) and isinstance(tokens, (bool, tuple, list)), "attend as a list of levels, tokens as True, False or a list", f"{attend}, {tokens}", "write attend=[1]")
         require(cond_dim or not tokens, "cond_dim with tokens", f"tokens={tokens} alone", "give the width of a token")
         self.channels, self.cond_dim, self.tokens, self.factor = channels, cond_dim, bool(tokens), stem * 2 ** (len(mults) - 1)
         levels = list(range(len(mults)))
@@ -141,6 +144,7 @@ class UNet(nn.Module):
     def check(self, xt, t, cond):
         "Raise unless the shapes fit this net; returns the condition, or the learned null in its place."
         n, fits = len(xt), xt.ndim == 4 and xt.shape[1] == self.channels and xt.shape[2] % self.factor == 0 == xt.shape[3] % self.factor
+        require(xt.is_floating_point(), "xt of floats", xt.dtype, "use to_float on images")
         require(fits, f"xt (n, {self.channels}, H, W) with H and W multiples of {self.factor}", f"shape {tuple(xt.shape)}", "pad the images or take fewer levels")
         check_time(t)
         require(t.shape == (n,), f"one time per image, shape ({n},)", f"shape {tuple(t.shape)}", "use t.expand(n)")
@@ -148,6 +152,7 @@ class UNet(nn.Module):
             require(cond is None, "no cond", f"shape {None if cond is None else tuple(cond.shape)}", "build the net with cond_dim")
             return None
         if cond is None: return self.null.expand(n, 1, -1) if self.tokens else self.null.expand(n, -1)
+        require(cond.is_floating_point(), "cond of floats", cond.dtype, "use .float()")
         shape = (n, cond.shape[1] if cond.ndim == 3 and cond.shape[1] else "N", self.cond_dim) if self.tokens else (n, self.cond_dim)
         require(tuple(cond.shape) == shape, f"cond of shape {shape}", f"{tuple(cond.shape)}", f"this net was built with cond_dim={self.cond_dim}")
         return cond

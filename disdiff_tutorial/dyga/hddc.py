@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'intrinsic_dims', 'Gaussians', 'moments', 'm_step', 'log_joint', 'log_joint_whole', 'responsibilities', 'em',
-           'kmeans', 'one_hot', 'HDDC']
+           'kmeans', 'given_labels', 'one_hot', 'HDDC']
 
 # %% ../../nbs/dyga/61_hddc.ipynb #2bec2150
 import math, warnings
@@ -177,6 +177,14 @@ def kmeans(x, k, iterations=50, generator=None):
         centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
     return labels
 
+def given_labels(labels, n, k):
+    "Labels (n,) in 0 .. k - 1, an array or a list, as a tensor (1, n)."
+    labels = np.asarray(labels)
+    numbers = labels.dtype.kind in "iuf"
+    ok = labels.shape == (n,) and numbers and bool(np.isin(labels, np.arange(k)).all())
+    require(ok, f"init 'kmeans', 'random' or whole labels ({n},) from 0 to {k - 1}", f"{labels.dtype} {labels.shape}" + (f", {labels.min()} to {labels.max()}" if labels.size and numbers else ""), "relabel")
+    return torch.as_tensor(labels.astype(np.int64))[None]
+
 def one_hot(labels, k):
     "Labels (U, n) as responsibilities (U, n, k), float64."
     return torch.nn.functional.one_hot(labels, k).double()
@@ -202,27 +210,26 @@ class HDDC(*BASES):
         require(X.shape[1] == self.n_features_in_, f"{self.n_features_in_} features, as in fit", X.shape[1], "check the data")
         return X[None]
 
-    def fit(self, X, y=None):
-        x, K = self._points(X, reset=True), self.n_clusters
+    def _starts(self, x):
+        "Labels (n_init, n) to start from for points x (1, n, p), or those that were given (1, n); every setting is checked."
+        n, K, states = x.shape[1], self.n_clusters, self.random_state
         whole = lambda v, least: isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= least
-        require(whole(K, 1) and K <= x.shape[1], f"n_clusters from 1 to n_samples = {x.shape[1]}", repr(K), "choose a whole number in this range")
+        require(whole(K, 1) and K <= n, f"n_clusters from 1 to n_samples = {n}", repr(K), "choose a whole number in this range")
         require(whole(self.n_init, 1) and whole(self.max_iter, 0) and self.floor > 0, "n_init >= 1 and max_iter >= 0, whole numbers, and floor > 0", f"{self.n_init}, {self.max_iter} and {self.floor}", "3, 200 and 1e-8 are usual")
-        history, states = [], np.random.RandomState(self.random_state) if isinstance(self.random_state, (int, np.integer, type(None))) else self.random_state
+        if isinstance(states, (int, np.integer, type(None))): states = np.random.RandomState(states)
         require(hasattr(states, "randint"), "random_state None, a whole number or a RandomState", type(states).__name__, "np.random.RandomState(0) makes one")
+        if not isinstance(self.init, str): return given_labels(self.init, n, K)
+        require(self.init in ("kmeans", "random"), "init 'kmeans', 'random' or labels", repr(self.init), "choose one")
         seed = torch.Generator().manual_seed(int(states.randint(2 ** 31 - 1)))
-        if isinstance(self.init, str):
-            require(self.init in ("kmeans", "random"), "init 'kmeans', 'random' or labels", repr(self.init), "choose one")
-            many = x.expand(self.n_init, -1, -1)
-            labels = kmeans(many, K, generator=seed) if self.init == "kmeans" else torch.randint(K, many.shape[:2], generator=seed)
-        else:
-            given, many = np.asarray(self.init), x
-            ok = given.shape == (x.shape[1],) and given.dtype.kind in "iuf" and bool(np.isin(given, np.arange(K)).all())
-            require(ok, f"init 'kmeans', 'random' or whole labels ({x.shape[1]},) from 0 to {K - 1}", f"{given.dtype} {given.shape}" + (f", {given.min()} to {given.max()}" if given.size and given.dtype.kind in "iuf" else ""), "relabel")
-            labels = torch.as_tensor(given.astype(np.int64))[None]
-        g, resp, loglik = em(many, one_hot(labels, K), self.max_iter, self.tol, self.threshold, self.floor, history=history)
+        return kmeans(x.expand(self.n_init, -1, -1), K, generator=seed) if self.init == "kmeans" else torch.randint(K, (self.n_init, n), generator=seed)
+
+    def fit(self, X, y=None):
+        x, history = self._points(X, reset=True), []
+        labels = self._starts(x)
+        g, resp, loglik = em(x.expand(len(labels), -1, -1), one_hot(labels, self.n_clusters), self.max_iter, self.tol, self.threshold, self.floor, history=history)
         alive = (resp.sum(1) >= 3).all(1)
-        if not alive.any(): warnings.warn(f"expected every cluster to keep 3 points or more, found smaller ones in each of {len(many)} starts: ask for fewer clusters", stacklevel=2)
-        best = max(range(len(many)), key=lambda i: (alive[i].item(), loglik[i].item()))
+        if not alive.any(): warnings.warn(f"expected every cluster to keep 3 points or more, found smaller ones in each of {len(labels)} starts: ask for fewer clusters", stacklevel=2)
+        best = max(range(len(labels)), key=lambda i: (alive[i].item(), loglik[i].item()))
         self.gaussians_, self.labels_, self.loglik_ = g.of([best]), resp[best].argmax(1).numpy(), loglik[best].item()
         self.n_iter_ = len(history[best]) - 1
         self.converged_ = len(history[best]) > 1 and abs(history[best][-1] - history[best][-2]) < self.tol
