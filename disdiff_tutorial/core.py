@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'STEP', 'require', 'wanted', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float',
            'to_uint8', 'as_images', 'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors',
-           'unrounded', 'load_tensors', 'halved', 'restore', 'rounded', 'progress_bar', 'code_version', 'libraries',
-           'device_name', 'Record', 'earlier', 'judged_later', 'Config', 'effort', 'Unfinished']
+           'unrounded', 'load_tensors', 'halved', 'restore', 'rounded', 'evaluating', 'progress_bar', 'code_version',
+           'libraries', 'device_name', 'Record', 'earlier', 'judged_later', 'Config', 'effort', 'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
 import contextlib, dataclasses, datetime, json, math, numbers, os, platform, random, subprocess, sys, tempfile, time
@@ -180,6 +180,17 @@ def rounded(tensors, least=2 ** 13):
         made[k + STEP] = v.float().flatten(1).abs().amax(1).clamp(min=1e-12).div(127).reshape(-1, *[1] * (v.ndim - 1))
         made[k] = (v / made[k + STEP]).round().to(torch.int8)
     return made
+
+# %% ../nbs/00_core.ipynb #558fad9a
+@contextlib.contextmanager
+def evaluating(net):
+    "Evaluation mode and no gradients inside; afterwards each part is back in its own mode, so that a frozen batch norm stays frozen."
+    modes = [(part, part.training) for part in net.modules()] if isinstance(net, torch.nn.Module) else []
+    for part, _ in modes: part.training = False
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for part, mode in modes: part.training = mode
 
 # %% ../nbs/00_core.ipynb #9746ea21
 def progress_bar(items=None, show=True, **kw):

@@ -123,7 +123,7 @@ def test_the_latent_bound_and_its_gap():
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), t_min=1.5), "expected t_min between 0 and 1, found 1.5: start at 1e-5"),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), t_min=0.), "expected t_min between 0 and 1, found 0.0: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), cond=torch.eye(2)), "expected one condition per image, 3, found 2: "),
-    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1, dtype=torch.uint8)), "expected floats around \\[-1, 1\\], found torch.uint8: pass dequantise"),
+    (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1, dtype=torch.uint8)), "expected float32 or float64 around \\[-1, 1\\], found torch.uint8: pass dequantise"),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), probes=1.5), "expected probes >= 1, or None for the exact trace, found 1.5: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(3, 1), tol=-1.0), "expected tol above 0, found -1.0: "),
     (lambda: log_likelihood(COIN.net(VPSDE()), VPSDE(), torch.zeros(0, 1)), "expected x0 \\(n, ...\\) with at least one row, found \\(0, 1\\): "),

@@ -9,8 +9,8 @@ __all__ = ['divergence', 'LogLikelihood', 'bits_per_dim', 'dequantise', 'log_lik
 import math
 from typing import NamedTuple
 import torch
-from ..core import check_images, require
-from .sampling import evaluating, integrate
+from ..core import check_images, evaluating, require
+from .sampling import integrate
 from .sde import like
 
 # %% ../../nbs/diffusion/25_likelihood.ipynb #ecf136ee
@@ -49,7 +49,7 @@ def log_likelihood(net, sde, x0, cond=None, probes=1, t_min=1e-5, tol=1e-5, gene
     `probes`: random signs per image for Hutchinson's unbiased estimate of the divergence, or None for the exact trace (low dimensions).
     `tol`: tolerance of the adaptive solver, which sizes its steps for the batch as a whole: a strange image among a thousand usual ones is read less exactly than alone. `t_min`: where it starts; a net that was trained on [T_MIN, 1] knows nothing below. Images: pass `dequantise(images)`."""
     require(probes is None or type(probes) is int and probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
-    require(x0.is_floating_point(), "floats around [-1, 1]", x0.dtype, "pass dequantise(images)")
+    require(x0.dtype in (torch.float32, torch.float64), "float32 or float64 around [-1, 1]", x0.dtype, "pass dequantise(images), or .float()")
     require(x0.ndim >= 2 and len(x0), "x0 (n, ...) with at least one row", tuple(x0.shape), "add the missing axis")
     require(bool(x0.isfinite().all()), "finite x0", "NaN or infinity", "look at what made it")
     require(tol > 0, "tol above 0", tol, "1e-5 leaves less than 0.01 nats")
@@ -57,9 +57,13 @@ def log_likelihood(net, sde, x0, cond=None, probes=1, t_min=1e-5, tol=1e-5, gene
     require(0 < t_min < 1, "t_min between 0 and 1", t_min, "start at 1e-5, or at T_MIN")
     signs = None
     if probes: signs = torch.randint(2, (probes, *x0.shape), generator=generator, device=generator.device if generator else x0.device).to(x0) * 2 - 1
+    def eps(x, t):
+        answer = net(x, t, cond)
+        require(answer.shape == x.shape, f"a net that answers {tuple(x.shape)}", tuple(answer.shape), "one number per pixel")         # else it broadcasts
+        return answer
     def both(t, state):
         t = t.expand(len(x0))
-        return divergence(lambda x: sde.drift(x, t) + like(sde.diffusion(t)**2 / (2 * sde.sigma(t)), x) * net(x, t, cond), state[0], signs)
+        return divergence(lambda x: sde.drift(x, t) + like(sde.diffusion(t)**2 / (2 * sde.sigma(t)), x) * eps(x, t), state[0], signs)
     with evaluating(net): x1, gain = integrate(both, (x0, torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)), t_min, 1., tol)
     nats = sde.prior_log_prob(x1) + gain                                                # (3)
     return LogLikelihood(nats, bits_per_dim(nats, x0[0].numel()))

@@ -20,7 +20,7 @@ class Batches:
     """Minibatches of tensors (n, ...) as a function of the step: `batches(step)` is a tuple of tensors of `size` rows (all n, if there are fewer).
     Each epoch is a new permutation; what does not fill a batch waits for the next."""
     def __init__(self, *tensors, size=128, seed=0):
-        require(all(map(torch.is_tensor, tensors)), "tensors", ", ".join(type(x).__name__ for x in tensors), "torch.as_tensor(x) makes one")
+        require(all(torch.is_tensor(x) and x.ndim for x in tensors), "tensors (n, ...)", ", ".join(type(x).__name__ for x in tensors), "torch.as_tensor(x) makes one")
         lengths = sorted({len(x) for x in tensors})
         require(len(lengths) == 1 and lengths[0] > 0, "tensors of one length, not empty", f"lengths {lengths}", "trim or fill them")
         require(size >= 1 and size % 1 == 0, "a batch of at least one row, a whole number", size, "change it")
@@ -102,6 +102,7 @@ def share(batch, acc):
     odd = [type(x).__name__ for x in batch if not hasattr(x, "__getitem__") or isinstance(x, dict) or getattr(x, "ndim", 1) == 0]
     require(batch and not odd, "a batch of tensors (n, ...)", ", ".join(odd) or "nothing", "unpack dicts into a tuple, leave out what has no rows")
     rows, n = len(batch[0]), acc.num_processes
+    require(rows, "batches with rows", "an empty one", "skip it")
     require(rows % n == 0, f"batches of a multiple of {n} rows, an equal share for each process", rows, "change the batch size, or drop the last batch")
     return tuple(x[acc.process_index::n] for x in batch)
 
@@ -286,7 +287,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     """Minimise `loss(*batch)` over `params`, a Module (several: nn.ModuleList) or an iterable of parameters, by Adam. Returns a `Fit`.
 
     `batches`: a function step -> batch (a tensor or a tuple), or an iterable of batches that can be walked again. The budget is `steps`, or else `minutes`; the
-    learning rate `lr` falls to 0 at its end; a dict gives rates by the beginnings of parameter names, {"": 1e-3, "critic": 2e-3}. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
+    learning rate `lr` rises over the first `warmup` steps and falls to 0 over the last 30% of the budget; a dict gives rates by the beginnings of parameter names, {"": 1e-3, "critic": 2e-3}. With `steps`, `minutes` limits this call, and the next call with the same `checkpoint` goes on.
     At the end the module holds the average of its weights with decay `ema` (0: the last weights). Gradients are clipped at norm `clip`.
     `checkpoint`: a file to go on from, not to keep a model in (its `model/` are the last weights, not the average; for that save the `state_dict`), written at the start, every `every` steps (on a GPU less often, if that took more than a twentieth of the time) and at the end; if it exists, training goes on from it, with `steps` on a CPU (one process, noise
     drawn from torch) to bitwise the same weights as if it had never stopped. Under torchrun or `accelerate launch` each process takes its share of every batch, and

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import as_images, by_scale, device, earlier, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, device, earlier, evaluating, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
-from ..diffusion.sampling import evaluating, sample
+from ..diffusion.sampling import sample
 from ..diffusion.sde import VPSDE
 from ..diffusion.training import Batches, fit
 from ..diffusion.unet import UNet, norm

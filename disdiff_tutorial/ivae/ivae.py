@@ -11,9 +11,8 @@ __all__ = ['ROTATION', 'KINDS', 'BALANCE', 'gaussian_kl', 'kl_balanced', 'layers
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import as_images, by_scale, require, seed_everything, to_float, wanted
+from ..core import as_images, by_scale, evaluating, require, seed_everything, to_float, wanted
 from ..data.factors import Rotated, natural
-from ..diffusion.sampling import evaluating
 from ..diffusion.training import Batches, fit
 from .variance_posterior import sample_variance
 from ..metrics.disentanglement import mcc, mig

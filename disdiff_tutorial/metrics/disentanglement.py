@@ -17,7 +17,7 @@ __all__ = ['RULES', 'checked', 'numbered', 'binned', 'counted', 'table_informati
 import math, os, warnings
 from typing import NamedTuple
 import numpy as np, torch
-from ..core import progress_bar, require, wanted
+from ..core import evaluating, progress_bar, require, wanted
 
 
 # %% ../../nbs/metrics/30_disentanglement.ipynb #3ed82d54
@@ -28,7 +28,7 @@ def _native(x):
     try:
         a = np.asarray(x)
         return torch.as_tensor(np.ascontiguousarray(a, a.dtype.newbyteorder("=")))
-    except (TypeError, ValueError): require(False, "a table of numbers", type(x).__name__, "give a tensor or an array")
+    except (TypeError, ValueError, RuntimeError): require(False, "a table of numbers", type(x).__name__, "give a tensor or an array")
 
 def _at_least(least, **given):
     "Refuse, by name, what is not a whole number, or a list of them, from `least` on."
@@ -421,16 +421,12 @@ def pooled_votes(codes, values, n, size, variance, active, g):
 def encoded(encode, data, factors, batch=1024, bar=None):
     "Codes (n, L), or units (n, N, D), of the images of `factors`. `encode` gets uint8 images as `data.images` gives them (`core.to_float` makes floats); a module is in evaluation mode meanwhile."
     _at_least(1, batch=batch)
-    out, modes = [], [(part, part.training) for part in encode.modules()] if isinstance(encode, torch.nn.Module) else []
-    for net, _ in modes: net.training = False
-    try:
-        with torch.no_grad():
-            for part in factors.split(batch):
-                out.append(_native(encode(data.images(part))))
-                require(len(out[-1]) == len(part), f"{len(part)} codes from encode", len(out[-1]), "return one row per image")
-                if bar is not None: bar.update(len(part))
-    finally:
-        for net, mode in modes: net.training = mode
+    out = []
+    with evaluating(encode):
+        for part in factors.split(batch):
+            out.append(_native(encode(data.images(part))))
+            require(len(out[-1]) == len(part), f"{len(part)} codes from encode", len(out[-1]), "return one row per image")
+            if bar is not None: bar.update(len(part))
     return torch.cat(out)
 
 def factorvae_score(encode, data, votes=(10_000, 5_000), size=64, points=10_000, threshold=0.05, relative=False, seed=0, batch=16_384, progress=True):
@@ -642,7 +638,8 @@ def sample_efficiency(codes, factors, codes_test, factors_test, sizes=(1000, 100
     same_width(codes, codes_test, factors, factors_test)
     keep = (factors != factors[:1]).any(0)
     factors, factors_test = factors[:, keep], factors_test[:, keep]
-    require(np.ndim(sizes) == 1 and all(1 < s < len(codes) for s in sizes), f"sizes between 2 and {len(codes) - 1}", sizes, "give more rows or smaller sizes")
+    require(full is None or len(full) == factors.shape[1], f"{factors.shape[1]} accuracies, one for each factor that varies", full, "pass the column `test` of `grow`")
+    require(np.ndim(sizes) == 1 and all(isinstance(s, (int, np.integer)) and 1 < s < len(codes) for s in sizes), f"whole sizes between 2 and {len(codes) - 1}", sizes, "give more rows or smaller sizes")
     accuracy = [grow(codes, factors, codes_test, factors_test, model, seed, jobs).test if full is None else torch.as_tensor(full, dtype=torch.float64)]
     for s in sizes:
         row, some = torch.zeros_like(accuracy[0]), (factors[:s] != factors[:1]).any(0).cpu()
@@ -660,7 +657,7 @@ class IRS(NamedTuple):
     table: torch.Tensor
 
 def irs(codes, factors, quantile=0.99, bins=20):
-    """`IRS`, 0 to 1 (Suter et al. 2019). Default as disentanglement_lib: 99% quantile, factors in 20 bins (`bins=None` keeps their values), constant codes left out;
+    """`IRS`, at most 1, and around 0, also a little below, for a code that no factor holds (Suter et al. 2019). Default as disentanglement_lib: 99% quantile, factors in 20 bins (`bins=None` keeps their values), constant codes left out;
     0 if all are. It never asks whether two codes say the same."""
     codes, factors = checked(codes, factors)
     require(0 <= quantile <= 1, "a quantile from 0 to 1", quantile, "the reference has 0.99")
@@ -761,6 +758,7 @@ class Scores(list):
         "The number in the row `metric`."
         found = [row for row in self if row.metric == metric]
         require(found, f"a metric among {', '.join(r.metric for r in self)}", repr(metric), "rename it")
+        require(column in ("in_sample", "held_out"), "the column 'in_sample' or 'held_out'", repr(column), "choose one of these")
         return getattr(found[0], column)
 
     def __repr__(self):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
-from ..core import atomic, data_dir, device, load_tensors, progress_bar, require, save_tensors, short, to_float
+from ..core import atomic, data_dir, device, evaluating, load_tensors, progress_bar, require, save_tensors, short, to_float
 from .disentanglement import _at_least, _native
 
 # %% ../../nbs/metrics/31_quality.ipynb #27c750e6
@@ -118,15 +118,15 @@ class Network(torch.nn.Module):
     def forward(self, x): return self.net(((x - 128) / 128).to(next(self.parameters(), x).dtype)).flatten(1)
 
 def features(images, network, resize="clean", batch=64, show=True):
-    "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar."
+    "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar. The network is in evaluation mode meanwhile."
     if isinstance(images, np.ndarray): images = _native(images)
     _at_least(1, batch=batch)
     require(getattr(images, "dtype", None) == torch.uint8, "uint8 images from 0 to 255", getattr(images, "dtype", type(images).__name__), "convert with to_uint8")
     require(len(images.shape) == 4 and images.shape[1] in (1, 3), "images (n, C, H, W) with C = 1 or 3", tuple(images.shape), "add the missing axis")
     require(len(images), "at least one image", "none", "give some")
     where = next(network.parameters(), torch.empty(0)).device
-    out, network = [], network.eval()
-    with torch.no_grad(), progress_bar(total=len(images), desc="features", show=show, delay=1) as bar:
+    out = []
+    with evaluating(network), progress_bar(total=len(images), desc="features", show=show, delay=1) as bar:
         for start in range(0, len(images), batch):
             part = images[start:start + batch].to(where)
             out.append(network(resized(part, network.size, resize).expand(-1, 3, -1, -1)).float().cpu()); bar.update(len(part))
@@ -268,7 +268,7 @@ def published(name, resolution, split="train"):
 def fid_bias(cov, n, m=math.inf):
     """How much FID overestimates, for Gaussian features with covariance (D, D), `n` images and `m` of reference, to first order in 1/n and 1/m -> float.
 
-    Holds for n and m far above D, near equal distributions: a little too small where n is near D, far too large where n is far below."""
+    Holds for n and m far above D, near equal distributions: up to a third too small where n is near D or half of it, far too large where n is far below."""
     require(n > 0 and m > 0, "numbers of images above 0", f"{n} and {m}", "give those behind your FID")
     cov = _native(cov)
     values = torch.linalg.eigvalsh(gaussian(torch.zeros(cov.shape[:1]), cov)[1]).clamp(min=0)
@@ -309,11 +309,12 @@ def subset_pairs(n, m, subsets, size, seed=0):
 def kid(x, y, subsets=100, size=None, seed=0, show=True):
     """Kernel Inception distance (Bińkowski et al., 2018) between features (n, D) and (m, D) -> `KID`, on the features' device.
 
-    `size` of a subset: default 1,000, or all if there are fewer, as in clean-fid. `spread` is over subsets, which share images: it is not the error of `value`."""
+    `size` of a subset: default 1,000, or all if there are fewer, as in clean-fid. `spread` is over subsets, which share images: it is not the error of `value`, and 0 where each subset is the whole set, as by default with up to 1,000 images on both sides."""
     x, y = check_features(x), check_features(y)
     most = min(len(x), len(y)); size = min(1000, most) if size is None else size
-    require(isinstance(size, int) and 2 <= size <= most, f"a subset size from 2 to {most}", size, "choose another, or give more images")
-    require(isinstance(subsets, int) and subsets >= 1, "at least one subset", subsets, "choose more")
+    whole = lambda v: isinstance(v, (int, np.integer))
+    require(whole(size) and 2 <= size <= most, f"a subset size from 2 to {most}", size, "choose another, or give more images")
+    require(whole(subsets) and subsets >= 1, "at least one subset", subsets, "choose more")
     scores = torch.tensor([mmd(x[a.to(x.device)], y[b.to(y.device)]) for a, b in progress_bar(subset_pairs(len(x), len(y), subsets, size, seed), show, desc="kid", delay=1)], dtype=torch.float64)
     return KID(scores.mean().item(), scores.std(correction=0).item(), subsets, size)
 
