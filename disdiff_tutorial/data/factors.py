@@ -108,7 +108,7 @@ class FactorGrid:
 
     def split(self, test=0.1, seed=0):
         "`Split` of all combinations by chance: a share `test` of them, rounded to a whole number, is held out. Same seed, same split."
-        n = held_out(test, len(self), "combinations")
+        n, seed = held_out(test, len(self), "combinations"), natural(seed, 0, "a whole seed of at least 0")
         require(0 < n < len(self), f"a share that holds out 1 to {len(self) - 1} combinations", f"{test}, which is {n}", "choose another")
         held = torch.zeros(len(self), dtype=torch.bool)
         held[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]] = True
@@ -119,7 +119,7 @@ class FactorGrid:
         that shows them. Each value of either factor stays in the training part. `pattern` of the held-out pairs: 'random', or 'diagonal', a band that `seed` moves."""
         a, b = self.position(first), self.position(second)
         require(a != b, "two different factors", f"{first} twice", "name another")
-        rows, columns = self.sizes[a], self.sizes[b]
+        rows, columns, seed = self.sizes[a], self.sizes[b], natural(seed, 0, "a whole seed of at least 0")
         n, most = held_out(test, rows * columns, "pairs"), rows * columns - max(rows, columns)
         require(0 < n <= most, f"a share that holds out 1 to {most} of {rows * columns} pairs, so that each value is seen", f"{test}, which is {n}", "choose another")
         held = torch.zeros(rows * columns, dtype=torch.bool)
@@ -181,7 +181,7 @@ class Reduced(FactorData):
             require(values.ndim == 1 and len(values) and 0 <= min(values) and max(values) < size, f"values of {name} from 0 to {size - 1}", values.tolist(), "list their numbers")
         (c, h, w), shrink = data.shape, natural(shrink, 1, "a whole shrink of at least 1")
         require(h % shrink == w % shrink == 0, f"a shrink that divides {h} x {w}", shrink, "choose another")
-        self.kept = [torch.as_tensor(keep.get(n, range(s)), device=data.device) for n, s in zip(data.grid.names, data.grid.sizes)]
+        self.kept = [whole(keep.get(n, range(s)), f"values of {n}").to(data.device) for n, s in zip(data.grid.names, data.grid.sizes)]
         self.grid, self.device, self.shape = FactorGrid(data.grid.names, [len(v) for v in self.kept]), data.device, (c, h // shrink, w // shrink)
         self.weights = torch.tensor(self.grid.weights, device=data.device)
         drawn = (data.render(self.original(f)) for f in self.grid.factors(torch.arange(len(self.grid), device=data.device)).split(4096))

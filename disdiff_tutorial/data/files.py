@@ -15,7 +15,7 @@ __all__ = ['TYPES', 'LIMIT', 'MOST', 'SOURCES', 'CIFAR', 'ENDINGS', 'PICTURE', '
            'table', 'listing', 'digits', 'mnist_or_digits']
 
 # %% ../../nbs/data/13_files.ipynb #0969eb33
-import contextlib, glob, gzip, hashlib, http.client, importlib, math, os, re, struct, tarfile, urllib.error, urllib.request, warnings, zipfile, zlib
+import contextlib, glob, gzip, hashlib, http.client, importlib, math, mmap, os, re, struct, tarfile, urllib.error, urllib.request, warnings, zipfile, zlib
 from importlib import util
 from io import BytesIO
 from pathlib import Path
@@ -339,6 +339,7 @@ def _stored(data): return data.stored if isinstance(data, FactorFile) else data.
 
 def stored_rows(array):
     "`Stored` images of an array (n, H, W) or (n, H, W, C) uint8; of a memory map, image by image from its file, so that nothing of it stays in memory."
+    require(array.dtype == np.uint8, "an array of uint8", array.dtype, "convert it")
     n, h, w, c = *array.shape, *(1,) * (4 - array.ndim)
     def rows(numbers):
         out = np.empty((len(numbers), h * w * c), np.uint8)
@@ -347,7 +348,8 @@ def stored_rows(array):
                 f.seek(array.offset + i * h * w * c)
                 if f.readinto(into) < len(into): require(False, f"image {i} in {short(array.filename)}", "the end of the file", "get the file again")
         return out
-    read = rows if isinstance(array, np.memmap) else array.__getitem__
+    whole_map = isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.flags.c_contiguous      # a part of a map keeps the offset of the whole
+    read = rows if whole_map else array.__getitem__
     return Stored(lambda numbers: torch.from_numpy(read(numbers)).reshape(-1, h, w, c).permute(0, 3, 1, 2).contiguous(), (n, c, h, w))
 
 # %% ../../nbs/data/13_files.ipynb #48206f70
@@ -479,8 +481,11 @@ def unpack(name, root=None, most=1 << 14):
     else: blocks = npz_rows(path, "images", "u1", shape, most)
     with atomic(root / "images.npy") as tmp, open(tmp, "wb") as f, progress_bar(total=shape[0], show=shape[0] > 1 << 16, desc="unpacking", unit=" images") as bar:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with naming(path, "a whole file"):
-            for block in blocks: f.write(block.tobytes()); bar.update(len(block))
+        blocks = iter(blocks)
+        while True:
+            with naming(path, "a whole file"): block = next(blocks, None)
+            if block is None: break
+            f.write(block.tobytes()); bar.update(len(block))                    # outside: a full disk stays a full disk
     return root / "images.npy"
 
 # %% ../../nbs/data/13_files.ipynb #5343bd84
@@ -686,7 +691,7 @@ def in_lmdb(folder):
 
 # %% ../../nbs/data/13_files.ipynb #95872849
 def picture(raw, path, size, crop=None):
-    "One picture, upright as its EXIF says, 16 bits of grey as 8 -> (size, size, 3) uint8: a square, centred, of `crop` pixels (default: as large as fits), or at `crop` = (left, top, side), shrunk by averaging over a triangle (Pillow's bilinear)."
+    "One picture, upright as its EXIF says, 16 bits of grey as 8 -> (size, size, 3) uint8: a square, centred, of `crop` pixels, or as large as fits where the picture is smaller (the default), or at `crop` = (left, top, side), shrunk by averaging over a triangle (Pillow's bilinear)."
     Image = needed("PIL.Image")
     with naming(path, "a picture in JPEG, PNG, WebP or BMP"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -945,7 +950,7 @@ def listing():
 # %% ../../nbs/data/13_files.ipynb #85b33bc8
 def digits(split="train"):
     "scikit-learn's small digits as an `ImageSet` of MNIST's size: 1,500 to train, 297 to test, always the same ones."
-    known("mnist", split)
+    _, split = known("mnist", split)
     require(util.find_spec("sklearn"), "scikit-learn, which carries the digits", "none", "pip install scikit-learn", ImportError)
     from sklearn.datasets import load_digits
     small, order = load_digits(), np.random.RandomState(0).permutation(1797)  # this generator is frozen: the same split for ever

@@ -71,10 +71,10 @@ def rays(world, turn, n):
     return world.height * up - world.distance * ahead, look, directions.view(-1, 3)
 
 # %% ../../nbs/data/12_scenes.ipynb #a0981618
-FAR = 1e9  # the distance of what is missed
+FAR = 1e9  # t of what is missed
 
 def plane(o, d, axis, at):
-    "Distance t (n,) along the rays o + t d, o (3,) or (n, 3) and d (n, 3), to the plane where coordinate `axis` is `at`."
+    "Where the rays o + t d, o (3,) or (n, 3) and d (n, 3), meet the plane on which coordinate `axis` is `at`: t (n,), in lengths of d."
     t = (at - o[..., axis]) / d[:, axis]
     return torch.where((t > 0) & (t < FAR), t, FAR)
 
@@ -86,7 +86,7 @@ def first_root(a, b, c):
     return torch.where((inside > 0) & (t > 0), t, FAR)
 
 def ball(o, d, radius, z):
-    "Distance (n,) to a sphere around (0, 0, z), and outward normals (n, 3); o and d (n, 3)."
+    "t (n,) of a sphere around (0, 0, z), and outward normals (n, 3); o and d (n, 3)."
     q = o - torch.tensor([0, 0, z])
     t = first_root((d * d).sum(1), (q * d).sum(1), (q * q).sum(1) - radius ** 2)
     return t, (q + t[:, None] * d) / radius
@@ -122,7 +122,7 @@ def nearest(*hits):
 
 # %% ../../nbs/data/12_scenes.ipynb #1b85d976
 def solid(world, shape, scale, o, d):
-    "Distance (n,) along rays from o (3,) or (n, 3) to the object, and outward normals (n, 3)."
+    "t (n,) at which rays from o (3,) or (n, 3) along d meet the object, and outward normals (n, 3)."
     r = scale * (world.cube, world.cylinder, world.sphere, world.capsule)[shape]
     centre, reach = ((r, 3 ** 0.5 * r), (r, 2 ** 0.5 * r), (r, r), (2 * r, 2 * r))[shape]       # of a ball that holds it
     t, normal, q = torch.full_like(d[:, 0], FAR), torch.zeros_like(d), torch.tensor([0, 0, centre]) - o
@@ -140,7 +140,7 @@ def solid(world, shape, scale, o, d):
 FLOOR, WALL, OBJECT, SKY = range(4)
 
 def room(world, o, d):
-    "Distance (n,) to floor or wall, normals (n, 3) and regions (n,) of the empty room for rays from the camera o (3,)."
+    "t (n,) of floor or wall, normals (n, 3) and regions (n,) of the empty room for rays from the camera o (3,)."
     side = d[:, 0].sign() * world.half
     t, which = torch.stack([plane(o, d, 2, 0.), plane(o, d, 1, world.half + world.shift), plane(o, d, 0, side)]).min(0)
     over = o[2] + t * d[:, 2] > world.wall
@@ -181,7 +181,7 @@ class Backdrop(NamedTuple):
     origin: torch.Tensor      # (3,)
     look: torch.Tensor        # (3,)
     directions: torch.Tensor  # (n * n, 3)
-    t: torch.Tensor           # how far
+    t: torch.Tensor           # at which each ray meets it
     region: torch.Tensor
     steady: torch.Tensor      # brightness without the lamp
     beam: torch.Tensor        # what the lamp adds
