@@ -32,10 +32,11 @@ bench: .venv/dev  # times our network and training beside diffusers' and lucidra
 	$(BIN)/pytest -s --benchmark-enable tests/benchmarks
 
 text: .venv/dev
-	@for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $${py%.ipynb}.py $$nb; done
+	@for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; py=$${py%.ipynb}.py; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $$py.new $$nb; \
+	if [ $$py -nt $$nb ] && ! cmp -s $$py $$py.new; then rm $$py.new; echo "kept $$py, which was edited: make notebooks"; else mv $$py.new $$py; fi; done
 
-notebooks: .venv/dev
-	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; mkdir -p $$(dirname $$nb); $(BIN)/jupytext --quiet --to ipynb --update -o $${nb%.py}.ipynb $$py; done
+notebooks: .venv/dev   # a notebook that is newer than its text was edited itself, and is left alone
+	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; nb=$${nb%.py}.ipynb; mkdir -p $$(dirname $$nb); [ $$nb -nt $$py ] || $(BIN)/jupytext --quiet --to ipynb --update -o $$nb $$py; done
 	@$(BIN)/python .ci/badges.py && $(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python .ci/readme.py
 
 outputs: .venv/dev tutorial   # the outputs of a whole pass into the notebooks themselves, before they are committed, and what it cost
@@ -44,10 +45,11 @@ outputs: .venv/dev tutorial   # the outputs of a whole pass into the notebooks t
 
 docs: .venv/dev
 	@command -v quarto >/dev/null || { echo "expected Quarto 1.7 or later, found none: get it from https://quarto.org/docs/get-started"; exit 1; }
+	@touch README.md                      # else nbdev writes it anew, with links that work on the site alone
 	$(BIN)/nbdev_docs
 
-clean:            # keeps .venv, and the records of your own runs in _run/records
-	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis .benchmarks nbs/_src
+clean:            # keeps .venv, the text view in nbs/_src, and the records of your own runs in _run/records
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis .benchmarks
 	@if [ -d _run ]; then find _run -mindepth 1 -maxdepth 1 -not -name records -exec rm -rf {} +; fi
 
 .venv/bin/python:

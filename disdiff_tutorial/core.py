@@ -41,6 +41,7 @@ def scale():
 def by_scale(at=None, **values):
     "The value for scale `at` (default: the one in force), or for the nearest smaller scale given."
     at = scale() if at is None else at
+    require(at in SCALES, f"a scale among {', '.join(SCALES)}", repr(at), "choose one of these")
     unknown = set(values) - set(SCALES)
     require(not unknown, f"scales among {', '.join(SCALES)}", ", ".join(sorted(unknown)), "rename them")
     fitting = [s for s in SCALES[:SCALES.index(at) + 1] if s in values]
@@ -277,6 +278,7 @@ class Record:
 
     def file(self, ending):
         "Path of a file that belongs to this record, e.g. `file('.safetensors')`: beside the record, or among the shipped models."
+        require(self.folder, "a record that was saved or loaded", "a new one", "save it first")
         beside = self.folder / (self.stem + ending)
         return beside if beside.exists() else self.folder.parent / "models" / (self.stem + ending)
 

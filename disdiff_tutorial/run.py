@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'TABLE_1', 'COMPARED', 'JUDGES', 'FAMILIES', 'WAYS', 'PLANNED', 'PEAK', 'PAGE', 'later', 'known',
-           'records', 'describe', 'closest', 'run', 'note_time', 'png', 'sheet', 'leave', 'judge', 'ways_of',
-           'Rehearsal', 'rehearse_here', 'best_way', 'rehearse', 'read_plan', 'planned', 'run_plan', 'pack', 'unpack',
-           'reading_order', 'execute', 'said', 'plain', 'page', 'keep', 'write_index', 'fingerprint', 'failure',
-           'run_one', 'book_record', 'run_notebooks', 'list_experiments', 'data_command', 'run_command',
+           'records', 'describe', 'closest', 'usable', 'run', 'note_time', 'png', 'sheet', 'leave', 'judge', 'ways_of',
+           'Rehearsal', 'rehearse_here', 'best_way', 'rehearse', 'read_plan', 'planned', 'run_plan', 'pieces_in',
+           'pack', 'unpack', 'reading_order', 'execute', 'said', 'plain', 'page', 'keep', 'write_index', 'fingerprint',
+           'failure', 'run_one', 'book_record', 'run_notebooks', 'list_experiments', 'data_command', 'run_command',
            'notebooks_command', 'parser', 'main']
 
 # %% ../nbs/02_run.ipynb #776462a1
@@ -166,10 +166,14 @@ def closest(found, at):
     level = lambda r: SCALES.index(r.scale)
     return next((r for r in found if level(r) <= SCALES.index(at)), min(found, key=level))
 
+def usable(found):
+    "Of records, those whose weights are at hand, or all if none has any: the weights of some were too large to ship."
+    return [r for r in found if r.file(".safetensors").is_file()] or found
+
 def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, within=None, share=1., change=None):
     """The record of experiment `name`: the best at hand, of those with weights if any has them, or a new one. Prints one line that says which.
 
-    With `scale_` the best of at most this scale, if there is one. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. `seed`: only records of this seed count, and a training has it; default: the best record at hand, whatever its seed, and 0 for a training. The new record and its weights go to `out`
+    With `scale_` the best of at most this scale, or else of the least above it. Trains if no record is at hand, if `retrain` (default: the environment's RETRAIN), or if `out` is given. `seed`: only records of this seed count, and a training has it; default: the best record at hand, whatever its seed, and 0 for a training. The new record and its weights go to `out`
     (default `runs_dir()`). `scale_`: default the scale in force. `minutes`: stop training after so many; then there is no record yet (None), and the same call goes on.
     What follows the training, the measuring, is not cut short. `within`, `share`: as in `Config`, minutes for each training, which takes fewer steps where it is slow and ends whole, and a share of the scale's steps. `change`: sizes in place of the scale's, {name: value}; such a run needs a folder of its own, `out`, lest it be taken for the scale's."""
     experiment, at = known(name), scale_ or scale()
@@ -178,7 +182,7 @@ def run(name, scale_=None, seed=None, minutes=None, out=None, retrain=None, with
     require(out or not change, "a folder of its own for a run with other sizes", "none", "give out=")
     retrain = os.environ.get("RETRAIN", "") not in ("", "0") if retrain is None else retrain
     if not (retrain or out) and (found := [r for r in records(name) if seed in (None, r.seed)]):
-        found = [r for r in found if r.file(".safetensors").is_file()] or found         # the weights of some records were too many to ship
+        found = usable(found)
         found = closest(found, scale_) if scale_ else found[0]
         print(describe(found, "loaded")); return found
     config = Config(name, at, 0 if seed is None else seed, minutes, Path(out or runs_dir()), within, share, change or {})
@@ -309,10 +313,13 @@ def read_plan(path):
     require(type(runs) is list and runs and all(type(entry) is dict for entry in runs), "at least one [[run]]", f"none in {short(path)}", "list the most important first, each below [[run]]")
     for entry in runs:
         require(set(entry) <= PLANNED and "name" in entry, f"a name, and {', '.join(sorted(PLANNED - {'name'}))}", ", ".join(entry), f"mend {short(path)}")
+        require(type(entry["name"]) is str and type(entry.get("change", {})) is dict, "a name in quotes, and change = {size = value}", f"{entry['name']!r}, {entry.get('change')!r}", f"mend {short(path)}")
         known(entry["name"]); require(entry.get("scale", "cpu") in SCALES, f"a scale among {', '.join(SCALES)}", repr(entry.get("scale")), f"mend {short(path)}")
         reserve = entry.get("reserve", 1)
         require(isinstance(reserve, (int, float)) and reserve >= 0, "reserve in minutes, 0 or more", repr(reserve), f"mend {short(path)}")
         Config(entry["name"], "cpu", entry.get("seed", 0), None, Path(), entry.get("within"), entry.get("share", 1.), entry.get("change", {}))         # one line for a wrong seed, within or share, before anything runs
+    stems = [Record(e["name"], e.get("scale") or scale(), e.get("seed", 0)).stem for e in runs]
+    require(len(set(stems)) == len(stems), "each run once", ", ".join(sorted({s for s in stems if stems.count(s) > 1})), f"mend {short(path)}")
     return runs
 
 def planned(entry):
@@ -323,8 +330,9 @@ def planned(entry):
 def run_plan(path, minutes=None, out=None, pack_to=None):
     """Run what fits of a plan into `minutes`, skip what is done, go on with what was begun; records and weights go to `out`, and packed to `pack_to` after each run. One line a run; at the end one error for those that failed.
     On a GPU it begins with `rehearse`, for the parts that it has, unless `DISDIFF_GRAPHS` or `DISDIFF_COMPILE` is set. An entry with `within` is begun if at least six tenths of the minutes that it asks for are left, and shortened to these; should it overrun them all the same, it stops and can go on, as the others do."""
-    out, began, failed = Path(out or runs_dir()), time.monotonic(), []
-    entries = read_plan(path)
+    entries, began, failed = read_plan(path), time.monotonic(), []
+    require(out or not any(e.get("change") for e in entries), "a folder of its own for a plan with other sizes", "none", "give --out FOLDER")       # as in `run`
+    out = Path(out or runs_dir())
     if torch.cuda.is_available() and not set(WAYS["both"]) & set(os.environ): os.environ.update(rehearse({entry["name"].split("/")[0] for entry in entries}))
     for entry in entries:
         name, at, seed, within = entry["name"], entry.get("scale") or scale(), entry.get("seed", 0), entry.get("within")
@@ -344,6 +352,10 @@ def run_plan(path, minutes=None, out=None, pack_to=None):
     require(not failed, "all runs to end well", f"{len(failed)} that failed: {', '.join(failed)}", "see their lines above")
 
 # %% ../nbs/02_run.ipynb #07f90ef8
+def pieces_in(folder):
+    "The files runs.zip.0, .1, ... below `folder`, in order; not what a browser has only begun to fetch."
+    return sorted((p for p in Path(folder).rglob("runs.zip.*") if p.suffix[1:].isdigit()), key=lambda p: int(p.suffix[1:]))
+
 def pack(folder, to, piece=15_500_000, total=60_000_000):
     "Pack what runs left in `folder` into `to`/runs.zip.0, .1, ..., pieces of `piece` bytes, `total` in all: records, codes, sheets, then weights. Checkpoints stay. Returns the names of files that did not fit."
     files = [p for p in Path(folder).glob("*-s*") if p.is_file() and ".resume" not in p.name and not p.name.startswith(".")]
@@ -356,14 +368,14 @@ def pack(folder, to, piece=15_500_000, total=60_000_000):
     pieces = [whole.getvalue()[i:i + piece] for i in range(0, len(whole.getvalue()), piece)]
     for i, part in enumerate(pieces):
         with atomic(Path(to) / f"runs.zip.{i}") as tmp: tmp.write_bytes(part)
-    for old in Path(to).glob("runs.zip.*"):
+    for old in pieces_in(to):
         if int(old.suffix[1:]) >= len(pieces): old.unlink()
     if left: print(f"packed without {', '.join(left)}: more than {total / 1e6:.0f} MB")
     return left
 
 def unpack(folder, out=None):
     "Put the pieces that `pack` left in `folder` together, and what they hold into `out` (default `runs_dir()`); returns the paths."
-    parts = sorted(Path(folder).rglob("runs.zip.*"), key=lambda p: int(p.suffix[1:]))
+    parts = pieces_in(folder)
     require(parts and [p.suffix for p in parts] == [f".{i}" for i in range(len(parts))], f"runs.zip.0, .1, ... in {short(folder)}", ", ".join(p.name for p in parts) or "none", "fetch all pieces")
     out = Path(out or runs_dir()); out.mkdir(parents=True, exist_ok=True)
     try:
@@ -459,13 +471,13 @@ def write_index(rows, out, at):
     "Write `out`/times.html, a table of the notebooks that ran with links to their pages."
     line = lambda r: f'<tr><td><a href="{r["name"]}.html">{r["name"]}</a><td>{r["seconds"]:.0f} s<td>{r["peak"]} MB<td>{r["said"]}'
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>disdiff_tutorial</title><h1>disdiff_tutorial, scale {at}</h1><table cellpadding=4>"
-    with atomic(Path(out) / "times.html") as tmp: tmp.write_text(page + "".join(map(line, rows)) + "</table></html>")
+    with atomic(Path(out) / "times.html") as tmp: tmp.write_text(page + "".join(map(line, rows)) + "</table></html>", encoding="utf-8")
 
 # %% ../nbs/02_run.ipynb #7092c03f
 def fingerprint(path, at):
-    "What must not change for a finished notebook to count as done: its cells and the scale."
+    "What must not change for a finished notebook to count as done: its cells, the scale, and whether it trains anew."
     import nbformat
-    return hashlib.sha256(json.dumps([at] + [c.source for c in nbformat.read(path, 4).cells]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([at, os.environ.get("RETRAIN", "") not in ("", "0")] + [c.source for c in nbformat.read(path, 4).cells]).encode()).hexdigest()[:16]
 
 def failure(name, err):
     "What to print when a cell fails: notebook, the cell's source, the error."
@@ -517,8 +529,9 @@ def run_notebooks(folder, out, at=None):
 # %% ../nbs/02_run.ipynb #89436d17
 def list_experiments(_):
     "Print every experiment with the best record at hand."
-    best = {record.name: record for record in reversed(records())}             # the first of each name wins
-    for name in EXPERIMENTS: print(describe(best[name], "best record of") if name in best else f"no record of {name} yet: disdiff run {name}")
+    found = {}
+    for record in records(): found.setdefault(record.name, []).append(record)
+    for name in EXPERIMENTS: print(describe(usable(found[name])[0], "best record of") if name in found else f"no record of {name} yet: disdiff run {name}")
 
 def data_command(args):
     "Print the table of data sets, or fetch one."

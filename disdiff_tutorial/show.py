@@ -79,7 +79,7 @@ def grid(images, cols=None, scale=1., title=None, rows=None, ax=None):
     if ax is None: _, ax = figure(width / per_inch + 0.8 * bool(rows), height / per_inch + 0.25 * bool(title))
     ax.imshow(picture, interpolation="nearest"); ax.grid(False); ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
     if title: ax.set_title(title)
-    if rows: ax.set_yticks((np.arange(len(rows)) + 0.5) * height / len(rows), rows); ax.tick_params(length=0)
+    if rows: ax.set_yticks((np.arange(len(rows)) + 0.5) * height / -(-len(images) // min(len(images), cols or int(np.ceil(len(images) ** .5)))), rows); ax.tick_params(length=0)
     return ax
 
 # %% ../nbs/01_show.ipynb #677fdbba
@@ -186,7 +186,7 @@ class Slider:
     def _repr_mimebundle_(self, include=None, exclude=None): return {"text/html": self.html, "image/png": base64.b64encode(self.still).decode(), "text/plain": repr(self)}
     def save(self, path):
         "Write a page of its own that works from disk; returns the path."
-        with atomic(path) as tmp: tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(self.about)}</title>{self.html}</html>')
+        with atomic(path) as tmp: tmp.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(self.about)}</title>{self.html}</html>', encoding="utf-8")
         return Path(path)
 
 # %% ../nbs/01_show.ipynb #a18d41d8

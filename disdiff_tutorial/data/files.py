@@ -396,7 +396,9 @@ def at_hand(name, filename, root):
     require(wanted in (None, found), f"{wanted or 0:,} bytes in {short(path)}", f"{found:,}", "delete it and load again")
     return path
 
-def counted(tables): return {k: torch.arange(len(v)) for k, v in tables.items()}
+def counted(tables):
+    "Labels 0 .. size - 1 for each table of values, {name: values}."
+    return {k: torch.arange(len(v)) for k, v in tables.items()}
 
 # %% ../../nbs/data/13_files.ipynb #6f3b9612
 def read_dsprites(name, root, split):
