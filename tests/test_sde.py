@@ -229,7 +229,7 @@ def test_nothing_broadcasts():
     x, t, sde = torch.zeros(3, 2), torch.tensor([.1, .2, .3]), VPSDE()
     for call in (lambda: sde.perturb(x, t, torch.zeros(3, 1)), lambda: sde.perturb(x, t[:1], x), lambda: sde.perturb(x[:1], t, x[:1]), lambda: sde.perturb(x.byte(), t, x)):
         one_line(call, "floats x0 and eps of one shape (n, ...), times (n,)", "one time per image")
-    one_line(lambda: sde.perturb(x, .5, x), "times as a tensor, found float")
+    one_line(lambda: sde.perturb(x, .5, x), "times as a tensor of floats, found float")
     one_line(lambda: sde.convert(torch.zeros(3, 1), x, t, "eps", "x0"), "shape of xt, (3, 2)", "found (3, 1)")
     assert sde.perturb(x[:0], t[:0], x[:0]).shape == (0, 2) and check_time(t[:0]) is None              # nothing is noised to nothing
 
