@@ -142,7 +142,7 @@ def save_tensors(path, tensors, **facts):
     "Write a dict of tensors, and `facts` that JSON can hold, to one safetensors file."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # clone: safetensors refuses shared memory
     with atomic(path) as tmp:
-        try: save_file(tensors, tmp, metadata={"facts": json.dumps(facts)})
+        try: save_file(tensors, tmp, metadata={"facts": json.dumps(facts, default=lambda v: v.tolist())})
         except SafetensorError as err: raise OSError(str(err)) from err
 
 def unrounded(tensors):

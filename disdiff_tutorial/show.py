@@ -97,7 +97,7 @@ def factor_scatter(codes, factors, names=None, axes=None):
     d, k = codes.shape[1], factors.shape[1]
     if axes is None: axes = figure(1.1 * k + 0.4, 0.9 * d + 0.3, d, k, squeeze=False)[1]
     for i in range(d):
-        for j in range(k): axes[i, j].plot(factors[:, j], codes[:, i], ".", ms=1); axes[i, j].set(xticks=[], yticks=[])
+        for j in range(k): axes[i, j].plot(torch.as_tensor(factors[:, j]).cpu(), torch.as_tensor(codes[:, i]).detach().cpu().double(), ".", ms=1); axes[i, j].set(xticks=[], yticks=[])
         axes[i, 0].set_ylabel(f"z{i}")
     for j, ax in enumerate(axes[0]): ax.set_title(names[j] if names else f"factor {j}", fontsize=8)
     return axes

@@ -11,7 +11,7 @@ __all__ = ['ROOMS', 'SCENES', 'PHOTOGRAPHS', 'Encoder', 'blend', 'picture_weight
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import as_images, by_scale, device, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import as_images, by_scale, device, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data import files
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import drop_cond, middle_time, uniform_time, unit
@@ -44,8 +44,8 @@ class Encoder(nn.Module):
 def _listed(which, k):
     "Numbers of components, a number or several (list, tensor, array), as a list; one line if they are not among k."
     which = list(which) if isinstance(which, (list, tuple, set, range)) else torch.as_tensor(which).flatten().tolist()
-    require(all(i in range(k) for i in which), f"components from 0 to {k - 1}", which, "count from 0")
-    return which
+    require(all(not isinstance(i, (bool, float)) and i in range(k) for i in which), f"components from 0 to {k - 1}", which, "give their numbers, not a mask")
+    return [int(i) for i in which]
 
 def blend(k, only=None, dilute=(), alpha=1., weights=None):
     """Weights (k + 1,) of k components and, last, of the unconditional score. Default: 1 / k each, score components (12). `only`: the components (a number or several) that share the weight.
@@ -84,14 +84,13 @@ class ComponentScore(nn.Module):
 
     def latents(self, x):
         "Latents (n, k, dim) of images (n, C, H, W), uint8 or floats, with a gradient: (10) for k latents."
-        zeta = self.encoder(to_float(x))
+        zeta = self.encoder(to_float(x).to(next(self.parameters()).dtype))
         require(zeta.shape[1:] == (self.k, self.dim), f"an encoder that returns (n, {self.k}, {self.dim})", tuple(zeta.shape), "unflatten its last layer, or set dim")
         return zeta
 
-    @torch.no_grad()
     def encode(self, x):
-        "Latents (n, k, dim) without a gradient."
-        return self.latents(x)
+        "Latents (n, k, dim) without a gradient, in evaluation mode."
+        with evaluating(self): return self.latents(x)
 
     def components(self, xt, t, zeta):
         "The noise that each of m latents predicts: xt (n, C, H, W), t (n,), zeta (n, m, dim) -> (n, m, C, H, W). The m passes are one batch."
@@ -128,20 +127,19 @@ class ComponentScore(nn.Module):
         eps = torch.randn_like(x0)
         return (weight * (self(self.sde.perturb(x0, t, eps), t, cond) - eps).square().flatten(1).mean(1)).mean()
 
-    def fit(self, images, steps=2000, size=16, lr=2e-3, seed=0, checkpoint=None, minutes=None, progress=True, **how):
-        "Train encoder and net on images (n, C, H, W) uint8 or floats; `how`: options of `loss`. Times are those of our digits and the weight is `picture_weight` unless given. Returns the `Fit`."
-        how = dict(weighting=picture_weight, time=middle_time) | how
-        return fit(lambda x: self.loss(x, **how), self, Batches(as_images(images), size=size, seed=seed), steps=steps, lr=lr, checkpoint=checkpoint, minutes=minutes, progress=progress, graph="components" if type(self) is ComponentScore and how["time"] is middle_time else None)
+    def fit(self, images, steps=2000, size=16, lr=2e-3, seed=0, drop=None, weighting=picture_weight, time=middle_time, **kind):
+        "Train encoder and net on images (n, C, H, W) uint8 or floats; `drop`, `weighting`, `time`: as in `loss`, times of our digits by default; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        how = dict(drop=drop, weighting=weighting, time=time)
+        return fit(lambda x: self.loss(x, **how), self, Batches(as_images(images), size=size, seed=seed), steps=steps, lr=lr, graph="components" if type(self) is ComponentScore and time is middle_time else None, **kind)
 
     def sample(self, zeta, weights=None, steps=30, method="dpm++", **kind):
         "Images (n, C, H, W) in [-1, 1] of latents (n, k, dim), by `weights` (k + 1,) of `blend`, default all components alike. `kind`: options of `diffusion.sampling.sample`; the paper's sampler is method='em'."
+        zeta = torch.as_tensor(zeta).to(next(self.parameters()))
         require(zeta.ndim == 3 and zeta.shape[1] == self.k, f"latents (n, {self.k}, dim)", tuple(zeta.shape), "take them from encode(images)")
         w = blend(self.k) if weights is None else _weights(weights, self.k)
         shape = getattr(self.encoder, "shape", None) or (kind["x"].shape[1:] if kind.get("x") is not None else None)
         require(shape is not None, "an encoder with `shape` (C, H, W), or a start x", "neither", "set encoder.shape = images.shape[1:]")
-        was, _ = self.training, self.eval()
-        try: return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *shape), zeta, method, steps, **kind).clamp(-1, 1)
-        finally: self.train(was)
+        with evaluating(self): return sample(lambda xt, t, cond: self.mixed(xt, t, cond, w), self.sde, (len(zeta), *shape), zeta, method, steps, **kind).clamp(-1, 1)
 
 # %% ../../nbs/components/70_decomposition.ipynb #12e65e33
 class OnePass(ComponentScore):

@@ -628,7 +628,7 @@ ENDINGS, PICTURE = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), 1 << 26  # names 
 def in_folder(folder):
     "Names of the pictures below a folder, sorted, and a function name -> bytes."
     folder = Path(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and p.is_file())
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts) and p.is_file())
     def fetch(name):
         with open(folder / name, "rb") as f: return bytes(read_at_most(f, PICTURE))
     return names, fetch

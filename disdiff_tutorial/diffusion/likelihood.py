@@ -6,7 +6,7 @@
 __all__ = ['divergence', 'LogLikelihood', 'bits_per_dim', 'dequantise', 'log_likelihood']
 
 # %% ../../nbs/diffusion/25_likelihood.ipynb #697ba2a0
-import math
+import math, numbers
 from typing import NamedTuple
 import torch
 from ..core import check_images, evaluating, require
@@ -48,7 +48,7 @@ def log_likelihood(net, sde, x0, cond=None, probes=1, t_min=1e-5, tol=1e-5, gene
 
     `probes`: random signs per image for Hutchinson's unbiased estimate of the divergence, or None for the exact trace (low dimensions).
     `tol`: tolerance of the adaptive solver, which sizes its steps for the batch as a whole: a strange image among a thousand usual ones is read less exactly than alone. `t_min`: where it starts; a net that was trained on [T_MIN, 1] knows nothing below. Images: pass `dequantise(images)`."""
-    require(probes is None or type(probes) is int and probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
+    require(probes is None or isinstance(probes, numbers.Integral) and not isinstance(probes, bool) and probes >= 1, "probes >= 1, or None for the exact trace", probes, "give more")
     require(x0.dtype in (torch.float32, torch.float64), "float32 or float64 around [-1, 1]", x0.dtype, "pass dequantise(images), or .float()")
     require(x0.ndim >= 2 and len(x0), "x0 (n, ...) with at least one row", tuple(x0.shape), "add the missing axis")
     require(bool(x0.isfinite().all()), "finite x0", "NaN or infinity", "look at what made it")

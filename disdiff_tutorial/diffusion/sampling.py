@@ -82,7 +82,8 @@ def guided(net, cond=None, guidance=1., null=None):
     if cond is None or guidance == 1: return lambda xt, t: net(xt, t, cond)
     null = getattr(net, "null", None) if null is None else null
     require(null is not None, "a null condition", "none", "pass null=torch.zeros(d), or use a net with a learned null")
-    require(null.shape == cond.shape[-null.ndim:], f"a null condition of the shape of one condition, {tuple(cond.shape[1:])}", tuple(null.shape), "give as many numbers")
+    require(cond.is_floating_point() or not null.is_floating_point(), "conditions of floats, as the null is", cond.dtype, "use .float()")     # whole numbers would cut the null to 0
+    require(0 <= cond.ndim - null.ndim and null.shape == cond.shape[cond.ndim - null.ndim:], f"a null condition of the shape of one condition, {tuple(cond.shape[1:])}", tuple(null.shape), "give as many numbers")
     nulls = null.to(cond).expand_as(cond)
     if guidance == 0: return lambda xt, t: net(xt, t, nulls)
     both = torch.cat([cond, nulls])

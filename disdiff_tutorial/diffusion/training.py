@@ -24,7 +24,7 @@ class Batches:
         lengths = sorted({len(x) for x in tensors})
         require(len(lengths) == 1 and lengths[0] > 0, "tensors of one length, not empty", f"lengths {lengths}", "trim or fill them")
         require(size >= 1 and size % 1 == 0, "a batch of at least one row, a whole number", size, "change it")
-        self.tensors, self.n, self.size, self.seed, self.epoch = tensors, lengths[0], min(int(size), lengths[0]), seed, None
+        self.tensors, self.n, self.size, self.seed, self.epoch = tensors, lengths[0], min(int(size), lengths[0]), int(seed), None
 
     def __call__(self, step):
         epoch, i = divmod(step, self.n // self.size)
@@ -310,6 +310,7 @@ def fit(loss, params, batches, steps=None, minutes=None, lr=1e-3, warmup=100, cl
     nets = [m for m in state.module.modules() if hasattr(m, "merges")] if recordable(graph, where, "DISDIFF_COMPILE") else []
     def one(): return update(state, loss, get(state.step), rate(state.step, done, warmup), clip, ema, acc, step)
     with contextlib.ExitStack() as inside, progress_bar(show=progress and acc.is_main_process, total=steps, initial=state.step) as bar:
+        if not state.module.training: state.module.train(); inside.callback(state.module.eval)      # dropout, batch norm and codebooks learn; parts that were frozen by hand stay so in a module that was training
         while True:
             seconds = time.perf_counter() - began
             state.seconds = before + seconds

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float
+from ..core import by_scale, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float
 from ..data.scenes import rooms
 from ..diffusion.dsm import T_MIN, dsm_loss, middle_time, v_weight
 from ..diffusion.sde import VPSDE, like
@@ -108,10 +108,8 @@ class DisDiff(LatentDiffusion):
 
     def reread(self, pictures):
         "Units of predicted pictures (n, C, H, W), by the extractor as it stands: no gradient to its weights, no change of its batch statistics."
-        mode = self.extractor.training
-        self.extractor.eval()
-        try: return functional_call(self.extractor, self.extractor.state_dict(), (pictures,))
-        finally: self.extractor.train(mode)
+        grad = torch.is_grad_enabled()
+        with evaluating(self.extractor), torch.set_grad_enabled(grad): return functional_call(self.extractor, self.extractor.state_dict(), (pictures,))
 
     def game(self, x, which=None):
         "One round with images x: the noise error of each (n,), the readings `before` and `after`, the `target`, the units `which` (n,), and how much the picture changed (n,)."

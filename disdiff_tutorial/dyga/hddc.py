@@ -160,7 +160,7 @@ def kmeans(x, k, iterations=50, generator=None):
     equal units start differently."""
     require(x.ndim == 3 and k >= 1 and x.shape[:2].numel(), "points (U, n, p) and k >= 1", f"shape {tuple(x.shape)} and k = {k}", "add the axis of units, x[None]")
     require(bool(x.isfinite().all()), "finite points", "nan or inf", "look where they come from")
-    (U, n, p), tries, x = x.shape, 2 + int(math.log(k)), x - x.mean(1, keepdim=True)          # far from 0 the expanded squares below would drown the distances
+    (U, n, p), tries, x = x.shape, 2 + int(math.log(k)), x.double() - x.double().mean(1, keepdim=True)          # far from 0 the expanded squares below would drown the distances
     apart = lambda c: (x.square().sum(-1, keepdim=True) - 2 * x @ c.mT + c.square().sum(-1)[:, None]).clamp(min=0)      # (U, n, candidates)
     draw = lambda weight, m: x.gather(1, torch.multinomial(weight.cpu(), m, True, generator=generator).to(x.device)[..., None].expand(U, m, p))
     centres = draw(torch.ones(U, n), 1); near = apart(centres)
@@ -207,6 +207,7 @@ class HDDC(*BASES):
         X = torch.from_numpy(np.array(X, dtype=np.float64))
         require(X.ndim == 2 and X.shape[1] >= 2 and bool((X.abs() < HUGE).all()), "finite points (n, p) with p >= 2", f"shape {tuple(X.shape)}, or nan, inf or numbers beyond {HUGE:g}", "check the data, or scale them")
         if reset: self.n_features_in_ = X.shape[1]
+        require(hasattr(self, "n_features_in_"), "a fitted HDDC", "none", "call fit first")
         require(X.shape[1] == self.n_features_in_, f"{self.n_features_in_} features, as in fit", X.shape[1], "check the data")
         return X[None]
 

@@ -38,7 +38,7 @@ class Codebook(nn.Module):
         return torch.cdist(flat.flatten(0, -2), self.entries).argmin(1).view(flat.shape[:-1])
 
     def forward(self, h):
-        if self.training: self.revive(h)
+        if self.training and torch.is_grad_enabled(): self.revive(h)       # to look is not to train
         who = self.nearest(h)
         q = self.entries[who].movedim(-1, 1)
         loss = F.mse_loss(q, h.detach()) + self.commitment * F.mse_loss(h, q.detach())
@@ -112,14 +112,15 @@ class VQGAN(nn.Module):
         super().__init__()
         self.facts = dict(channels=channels, width=width, mults=list(mults), size=size, dim=dim, gan=gan)
         self.encoder, self.decoder, self.book = narrowing(channels, dim, width, mults), widening(channels, dim, width, mults), Codebook(size, dim)
-        self.critic, self.factor, self.perceptual = patch_critic(channels), 2 ** (len(mults) - 1), perceptual
+        self.critic, self.factor = patch_critic(channels), 2 ** (len(mults) - 1)
+        vars(self)["perceptual"] = perceptual                               # not a part of the model: it must neither learn nor be kept
         self.register_buffer("spread", torch.ones(()))
 
     def small(self, x):
         "What the encoder says of pictures x (n, C, H, W), before the spread is divided out."
         ok = x.ndim == 4 and x.shape[1] == self.facts["channels"] and not (x.shape[2] % self.factor or x.shape[3] % self.factor)
         require(ok, f"images (n, {self.facts['channels']}, H, W) with sides that {self.factor} divides", tuple(x.shape), "resize or pad them")
-        return self.encoder(to_float(x))
+        return self.encoder(to_float(x).to(self.spread.dtype))
 
     def rebuild(self, x):
         "Pictures after the whole way there and back (floats), the codebook's loss, and the entries used."
@@ -138,7 +139,7 @@ class VQGAN(nn.Module):
     def fit(self, data, steps=2000, size=16, lr=1e-3, seed=0, **kind):
         "Train on uint8 images (n, C, H, W) or a `FactorData`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(as_images(data), size=size, seed=seed)
-        done = fit(self.loss, self, batches, steps=steps, lr={"": lr, "critic": lr / 2}, **kind)
+        done = fit(self.loss, self, batches, steps=steps, lr=lr if isinstance(lr, dict) else {"": lr, "critic": lr / 2}, **kind)
         with torch.no_grad(): self.spread.copy_(torch.cat([self.small(batches(10**6 + i)[0]) for i in range(8)]).std())
         return done
 
@@ -150,6 +151,7 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def decode(self, z):
         "Pictures (n, C, H, W) in [-1, 1] of latents; each place is rounded to the codebook first."
+        z = torch.as_tensor(z).to(self.spread)
         require(z.ndim == 4 and z.shape[1] == self.facts["dim"], f"latents (n, {self.facts['dim']}, h, w)", tuple(z.shape), "take them from `encode`")
         who = self.book.nearest(z * self.spread)
         return self.decoder(self.book.entries[who].movedim(-1, 1)).clamp(-1, 1)
@@ -224,7 +226,7 @@ class FeatureExtractor(nn.Module):
     def numbers(self, x):
         "What the trunk says: (n, N), a number a unit, or (n, N D) for vector units."
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the extractor for them")
-        return self.trunk(to_float(x))
+        return self.trunk(to_float(x).to(self.trunk[0].weight.dtype))
 
     def forward(self, x):
         s = self.numbers(x)
@@ -296,12 +298,9 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def reselect(self, batches, count):
         "Choose anchors again from the units of `count` batches, in evaluation mode and without touching torch's random state."
-        mode = self.extractor.training
-        self.extractor.eval()
-        with torch.random.fork_rng(devices=[]), torch.autocast("cuda", enabled=False):                    # anchors from features in full precision
+        with evaluating(self.extractor), torch.random.fork_rng(devices=[]), torch.autocast("cuda", enabled=False):                    # anchors from features in full precision
             torch.default_generator.manual_seed(int(self.steps))          # that of the CPU alone: `torch.manual_seed` would set the GPU's, too
             self.tidy.select(torch.cat([self.extractor(batches(int(self.steps) + i)[0]) for i in range(count)]))
-        self.extractor.train(mode)
 
     def sample(self, units, steps=100, method="ddim", x=None, generator=None, **kind):
         "Images (n, C, H, W) in [-1, 1] of units (n, N, D), a tensor or an array; the paper takes 100 steps of DDIM."

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from ..core import as_images, by_scale, device, load_tensors, require, save_tensors, seed_everything, to_float
-from ..data.factors import Reduced
+from ..data.factors import Reduced, natural
 from ..data.sprites import Sprites
 from ..diffusion.training import Batches, fit, recordable, side_by_side
 from ..metrics.disentanglement import factorvae_score, mig
@@ -110,18 +110,21 @@ class VAE(nn.Module):
     def __init__(self, shape=(1, 64, 64), codes=10, hidden=None):
         super().__init__()
         require(len(shape) == 3, "a shape (C, H, W)", tuple(shape), "grey pictures have C = 1")
-        require(isinstance(codes, int) and codes >= 1, "at least one code", codes, "the papers use 10")
+        codes = natural(codes, 1, "at least one code")
         self.shape, self.codes, self.hidden = tuple(shape), codes, tuple(hidden) if hidden else None
         self.encoder, self.decoder = layers(self.shape, codes, self.hidden) if hidden else convolutions(self.shape, codes)
 
     def posterior(self, x):
         "Mean and logvar (n, d) of q(z | x)."
         require(tuple(x.shape[1:]) == self.shape, f"pictures (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the model for them")
-        return self.encoder(to_float(x)).chunk(2, 1)
+        return self.encoder(to_float(x).to(next(self.parameters()).dtype)).chunk(2, 1)
 
-    def encode(self, x): return self.posterior(x)[0]
+    def encode(self, x):
+        "Codes (n, d): the means of q(z | x), without a gradient."
+        with torch.no_grad(): return self.posterior(x)[0]
 
     def decode(self, z):
+        z = torch.as_tensor(z).to(next(self.parameters()))
         require(z.ndim == 2 and z.shape[1] == self.codes, f"codes (n, {self.codes})", tuple(z.shape), "give each picture all its numbers")
         return 2 * torch.sigmoid(self.decoder(z)) - 1
 
@@ -253,7 +256,7 @@ def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule
         model.kl_weight, model.tc_weight = rest[-1]
         return model.loss(x)
     record = schedule and recordable("autoencoders", where)
-    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr} | ({"critic": critic_lr} if hasattr(model, "critic") else {}), clip=math.inf, ema=0, graph="autoencoders", **kind)
+    done = fit(loss if record else model.loss, model, told if record else at, steps=steps, lr={"": lr} | ({"critic": critic_lr} if hasattr(model, "critic") else {}), graph="autoencoders", **dict(clip=math.inf, ema=0) | kind)
     if record: model.kl_weight, model.tc_weight = schedule(1.)
     return done
 
@@ -261,7 +264,7 @@ def learn_together(models, data, steps, size=64, seed=0, lr=1e-4, **kind):
     "Train several autoencoders side by side on the same batches of a `FactorData`, each as `learn` would without a schedule, critics at the rate `lr` too. Returns one `Fit`."
     alone = lambda model: lambda x, *_: model.loss(x if hasattr(model, "share") else x[:size])            # a critic asks for more pictures
     many = max(round(size / getattr(model, "share", 1)) for model in models)
-    return fit(side_by_side([alone(model) for model in models]), nn.ModuleList(models), data.batches(many, seed), steps=steps, lr=lr, clip=math.inf, ema=0, graph="together", **kind)
+    return fit(side_by_side([alone(model) for model in models]), nn.ModuleList(models), data.batches(many, seed), steps=steps, lr=lr, graph="together", **dict(clip=math.inf, ema=0) | kind)
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #f1b2c30b
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Guide(nn.Module):
         "Mean and logvar (n, d) of the codes of images; an encoder without a spread of its own has logvar = -inf."
         check_images(images)
         require(tuple(images.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(images.shape), "resize them, or build the model for them")
-        images = F.avg_pool2d(to_float(images), self.shrink)
+        images = F.avg_pool2d(to_float(images).to(self.mean.dtype), self.shrink)
         own = not hasattr(self.encoder, "posterior")
         z, logvar = (self.encoder(images), None) if own else self.encoder.posterior(images)
         found = tuple(z.shape) if torch.is_tensor(z) else type(z).__name__
@@ -94,21 +94,21 @@ class LCGDM(Guide):
         cond = drop_cond(self.cond(self.draw_codes(images)), self.net.null, drop)
         return dsm_loss(self.net, to_float(images), self.sde, cond, weighting, time)
 
-    def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, progress=True):
+    def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, **kind):
         """Stage 2 on `data`: uint8 images (n, C, H, W), or a `FactorData`. The first share `pretrain` of the steps sees no codes, the rest drops a share `drop` of them. Returns the two `Fit`s.
-        `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`."""
+        `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`; `kind`: other options of `diffusion.training.fit`, for both stages."""
         if not hasattr(data, "batches"): data = as_images(data)
         require(0 <= pretrain < 1, "a share pretrain from 0 to 1", pretrain, "the paper pretrains; 0.3 does")
         require(steps >= 1, "at least one step", steps, "3000 do for small images")
         where = next(self.net.parameters()).device
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(data.to(where), size=size, seed=seed)
-        g = torch.Generator().manual_seed(seed)                          # the same units of the codes when a killed call is made again
+        g = torch.Generator().manual_seed(int(seed))                     # the same units of the codes when a killed call is made again
         some = torch.cat([self.draw_codes(batches(10**6 + i)[0], g) for i in range(max(2, min(64, 2048 // size)))])
         self.mean.copy_(some.mean(0)); self.std.copy_(some.std(0).clamp(min=1e-3))
         def stage(name, drop, steps, start, minutes):
             if not steps: return None
             path = checkpoint and Path(f"{checkpoint}.{name}.safetensors")
-            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, progress=progress, graph="guidance")
+            return fit(lambda x, *_: self.loss(x, drop, time, weighting), self.net, lambda step: batches(start + step), steps=steps, lr=lr, checkpoint=path, minutes=minutes, graph="guidance", **kind)
         first, began = min(round(pretrain * steps), steps - 1), clock.monotonic()                # at least one step hears the code
         one = stage("pretrain", 1., first, 0, minutes)
         if one and one.steps < first: return one, None
@@ -129,7 +129,7 @@ class LCGDM(Guide):
         require(code.numel() == self.codes, f"one code of {self.codes} numbers", tuple(code.shape), "traverse one code at a time")
         code = code.to(self.mean).flatten().repeat(len(values), 1)
         code[:, j] = torch.as_tensor(values).to(code)
-        x = (torch.randn(1, *self.shape, generator=kind.pop("generator", None)) if x is None else x[:1]).to(code.device).expand(len(values), *self.shape)
+        x = (torch.randn(1, *self.shape, generator=kind.get("generator")) if x is None else x[:1]).to(code.device).expand(len(values), *self.shape)
         return self.sample(len(values), code, x=x, **kind)
 
     def save(self, path, half=True):

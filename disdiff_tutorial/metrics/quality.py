@@ -303,7 +303,7 @@ class KID(NamedTuple):
 
 def subset_pairs(n, m, subsets, size, seed=0):
     "Which rows of two sets of n and m form each subset: `subsets` pairs of indices (size,), without repetition within a subset."
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(int(seed))
     return [(torch.randperm(n, generator=draw)[:size], torch.randperm(m, generator=draw)[:size]) for _ in range(subsets)]
 
 def kid(x, y, subsets=100, size=None, seed=0, show=True):
