@@ -63,7 +63,7 @@ def device():
 # %% ../nbs/00_core.ipynb #9e0e8d0f
 def check_images(images):
     "Raise unless `images` is a tensor (n, C, H, W) with 1 or 3 channels, of uint8 or floats: other whole numbers would pass for floats."
-    require(torch.is_tensor(images), "a tensor of images", type(images).__name__, "torch.as_tensor(x) makes one")
+    require(torch.is_tensor(images), "a tensor of images", type(images).__name__, "take data.images[:]" if hasattr(images, "images") else "take images[:]" if hasattr(images, "read") else "torch.as_tensor(x) makes one")
     do = {2: "add the missing axes, x[None, None] for one grey picture", 3: "add the missing axis, x[None] for one picture, x[:, None] for grey ones"}.get(images.ndim, "take one channel or three")
     if images.ndim == 4 and images.shape[-1] in (1, 3): do = "put the channels first, x.permute(0, 3, 1, 2)"
     require(images.ndim == 4 and images.shape[1] in (1, 3), "images (n, C, H, W) with C = 1 or 3", f"shape {tuple(images.shape)}", do)

@@ -128,7 +128,7 @@ class ComponentScore(nn.Module):
         return (weight * (self(self.sde.perturb(x0, t, eps), t, cond) - eps).square().flatten(1).mean(1)).mean()
 
     def fit(self, images, steps=2000, size=16, lr=2e-3, seed=0, drop=None, weighting=picture_weight, time=middle_time, **kind):
-        "Train encoder and net on images (n, C, H, W) uint8 or floats; `drop`, `weighting`, `time`: as in `loss`, times of our digits by default; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        "Train encoder and net on images (n, C, H, W) uint8 or floats; `drop`, `weighting`, `time`: as in `loss`, times of our digits by default; `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         how = dict(drop=drop, weighting=weighting, time=time)
         return fit(lambda x: self.loss(x, **how), self, Batches(as_images(images), size=size, seed=seed), steps=steps, lr=lr, graph="components" if type(self) is ComponentScore and time is middle_time else None, **kind)
 

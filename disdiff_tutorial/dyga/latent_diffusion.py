@@ -107,7 +107,7 @@ def adaptive_weight(first, second, at):
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #a5ee52b6
 class VQGAN(nn.Module):
     """Pictures (n, C, H, W) <-> latents (n, dim, H / f, W / f): DyGA table 7, after Esser 2021. `encode` gives latents before rounding, scaled to spread 1 after `fit`; `decode` rounds them to the codebook first, as latent diffusion does.
-    `perceptual`: a function (pictures, pictures) -> loss (n,), added with weight 1 where you have one (LPIPS, for example)."""
+    `perceptual`: a function (pictures, pictures) -> loss (n,), added with weight 1 where you have one (LPIPS, for example); a module stays yours: put it on the device, in evaluation mode."""
     def __init__(self, channels=3, width=32, mults=(1, 2, 4), size=2048, dim=3, gan=.75, perceptual=None):
         super().__init__()
         self.facts = dict(channels=channels, width=width, mults=list(mults), size=size, dim=dim, gan=gan)
@@ -137,7 +137,7 @@ class VQGAN(nn.Module):
         return plain + book + self.facts["gan"] * weight * fooled + hinge(self.critic(x), self.critic(y.detach()))
 
     def fit(self, data, steps=2000, size=16, lr=1e-3, seed=0, **kind):
-        "Train on uint8 images (n, C, H, W) or a `FactorData`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        "Train on uint8 images (n, C, H, W) or a `FactorData`; `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches = data.batches(size, seed) if hasattr(data, "batches") else Batches(as_images(data), size=size, seed=seed)
         done = fit(self.loss, self, batches, steps=steps, lr=lr if isinstance(lr, dict) else {"": lr, "critic": lr / 2}, **kind)
         with torch.no_grad(): self.spread.copy_(torch.cat([self.small(batches(10**6 + i)[0]) for i in range(8)]).std())
@@ -281,7 +281,7 @@ class LatentDiffusion(nn.Module):
         return lambda factors: table[(factors * weights).sum(1)].float()
 
     def fit(self, data, steps=3000, size=32, lr=1e-3, seed=0, pool=10_000, **kind):
-        "Train on uint8 images (n, C, H, W) or a `FactorData`, whose latents are made once; anchors are selected on the units of `pool` images. `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        "Train on uint8 images (n, C, H, W) or a `FactorData`, whose latents are made once; anchors are selected on the units of `pool` images. `seed`: of the order of the batches; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         batches, before = data.batches(size, seed) if hasattr(data, "batches") else Batches(as_images(data), size=size, seed=seed), None
         latents = self.latents(data) if hasattr(data, "grid") and self.autoencoder is not None else None
         def get(step):

@@ -109,7 +109,7 @@ class IVAE(nn.Module):
         for kept, new in zip((self.shift, self.scale), _statistics(u, self.aux, self.shift.dtype)): kept.copy_(new)
 
     def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
-        "Train on x (n, ...) and notes u (n, aux); `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        "Train on x (n, ...) and notes u (n, aux); with aux = 0, u is not looked at. `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         if x.ndim == 4: x = as_images(x)
         if self.aux: self.standardise(u)
         return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if type(self) is IVAE else None, **kind)

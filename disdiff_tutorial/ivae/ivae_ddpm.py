@@ -100,7 +100,7 @@ class IVAEDDPM(nn.Module):
         return dsm_loss(self.net, to_float(x), self.sde, drop_cond(z, self.net.null, self.drop), weighting, time) + rest.mean()
 
     def fit(self, x, u=None, steps=2000, size=32, lr=1e-3, seed=0, time=uniform_time, weighting=unit, **kind):
-        "Train on images x (n, C, H, W) and notes u (n, aux) together; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        "Train on images x (n, C, H, W) and notes u (n, aux) together; `seed`: of the order of the batches; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
         x = as_images(x)
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the model for them")
         if self.ivae.aux: self.ivae.standardise(u)

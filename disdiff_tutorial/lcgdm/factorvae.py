@@ -241,8 +241,9 @@ def printed(shape, n):
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #a150d4cd
 def learn(model, data, steps, size=64, seed=0, lr=1e-3, critic_lr=2e-3, schedule=None, **kind):
-    "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+    "Train an autoencoder on `data`, images (n, C, H, W) or a `FactorData`, with batches of `size` pictures, and as many more as its critic asks for. `schedule`: share of the training -> weights of KL and TC; `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
     if not hasattr(data, "batches"): data = as_images(data)
+    require(steps or not schedule, "steps with a schedule", steps, "a share of the training needs its length")
     many = round(size / getattr(model, "share", 1))
     where = next(model.parameters()).device
     batches = data.batches(many, seed) if hasattr(data, "batches") else Batches(data.to(where), size=many, seed=seed)

@@ -96,7 +96,7 @@ class LCGDM(Guide):
 
     def fit(self, data, steps=3000, pretrain=.3, drop=.1, size=32, lr=2e-3, seed=0, time=middle_time, weighting=v_weight, checkpoint=None, minutes=None, **kind):
         """Stage 2 on `data`: uint8 images (n, C, H, W), or a `FactorData`. The first share `pretrain` of the steps sees no codes, the rest drops a share `drop` of them. Returns the two `Fit`s.
-        `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`; `kind`: other options of `diffusion.training.fit`, for both stages."""
+        `checkpoint`: a path; two files with its name go on where a killed call stopped, or one that had but `minutes`; `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: other options of `diffusion.training.fit`, for both stages."""
         if not hasattr(data, "batches"): data = as_images(data)
         require(0 <= pretrain < 1, "a share pretrain from 0 to 1", pretrain, "the paper pretrains; 0.3 does")
         require(steps >= 1, "at least one step", steps, "3000 do for small images")

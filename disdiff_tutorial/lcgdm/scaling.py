@@ -102,11 +102,11 @@ class CodePrior(nn.Module):
         for block in self.blocks: h = h + block(torch.cat([h, temb], 1))
         return self.last(h)
 
-    def learn(self, codes, steps, size=512, **kind):
+    def learn(self, codes, steps, size=512, lr=2e-3, **kind):
         "Fit codes (n, d), drawn anew from q(z | x) if `codes` is a function of the batch size. `kind`: options of `diffusion.training.fit`."
         if not callable(codes): require(codes.ndim == 2 and codes.shape[1] == self.first.in_features and len(codes), f"codes (n, {self.first.in_features})", tuple(codes.shape), "give one row for each image")
         draw = codes if callable(codes) else lambda n: codes[torch.randint(len(codes), (n,), device=codes.device)]
-        return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=2e-3, **kind)
+        return fit(lambda z: dsm_loss(self, z, self.sde), self, lambda step: draw(size), steps=steps, lr=lr, **kind)
 
     def draw(self, n, codes=None, generator=None, steps=50):
         "n codes (n, codes); how many numbers each has, the module knows."
