@@ -84,7 +84,7 @@ class ComponentScore(nn.Module):
 
     def latents(self, x):
         "Latents (n, k, dim) of images (n, C, H, W), uint8 or floats, with a gradient: (10) for k latents."
-        zeta = self.encoder(to_float(x).to(next(self.parameters()).dtype))
+        zeta = self.encoder(to_float(x).to(next(self.parameters())))
         require(zeta.shape[1:] == (self.k, self.dim), f"an encoder that returns (n, {self.k}, {self.dim})", tuple(zeta.shape), "unflatten its last layer, or set dim")
         return zeta
 

@@ -120,7 +120,7 @@ class VQGAN(nn.Module):
         "What the encoder says of pictures x (n, C, H, W), before the spread is divided out."
         ok = x.ndim == 4 and x.shape[1] == self.facts["channels"] and not (x.shape[2] % self.factor or x.shape[3] % self.factor)
         require(ok, f"images (n, {self.facts['channels']}, H, W) with sides that {self.factor} divides", tuple(x.shape), "resize or pad them")
-        return self.encoder(to_float(x).to(self.spread.dtype))
+        return self.encoder(to_float(x).to(self.spread))
 
     def rebuild(self, x):
         "Pictures after the whole way there and back (floats), the codebook's loss, and the entries used."
@@ -226,7 +226,7 @@ class FeatureExtractor(nn.Module):
     def numbers(self, x):
         "What the trunk says: (n, N), a number a unit, or (n, N D) for vector units."
         require(tuple(x.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the extractor for them")
-        return self.trunk(to_float(x).to(self.trunk[0].weight.dtype))
+        return self.trunk(to_float(x).to(self.trunk[0].weight))
 
     def forward(self, x):
         s = self.numbers(x)

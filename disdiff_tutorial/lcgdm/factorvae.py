@@ -117,7 +117,7 @@ class VAE(nn.Module):
     def posterior(self, x):
         "Mean and logvar (n, d) of q(z | x)."
         require(tuple(x.shape[1:]) == self.shape, f"pictures (n, {', '.join(map(str, self.shape))})", tuple(x.shape), "resize them, or build the model for them")
-        return self.encoder(to_float(x).to(next(self.parameters()).dtype)).chunk(2, 1)
+        return self.encoder(to_float(x).to(next(self.parameters()))).chunk(2, 1)
 
     def encode(self, x):
         "Codes (n, d): the means of q(z | x), without a gradient."

@@ -51,7 +51,7 @@ class Guide(nn.Module):
         "Mean and logvar (n, d) of the codes of images; an encoder without a spread of its own has logvar = -inf."
         check_images(images)
         require(tuple(images.shape[1:]) == self.shape, f"images (n, {', '.join(map(str, self.shape))})", tuple(images.shape), "resize them, or build the model for them")
-        images = F.avg_pool2d(to_float(images).to(self.mean.dtype), self.shrink)
+        images = F.avg_pool2d(to_float(images).to(self.mean), self.shrink)
         own = not hasattr(self.encoder, "posterior")
         z, logvar = (self.encoder(images), None) if own else self.encoder.posterior(images)
         found = tuple(z.shape) if torch.is_tensor(z) else type(z).__name__
