@@ -59,7 +59,7 @@ class IVAE(nn.Module):
 
     def seen(self, x):
         "What the networks see of x (n, ...): images (n, C, H, W) in [-1, 1], all else as it is, as floats of the model."
-        return (to_float(x) if x.ndim == 4 else x).to(self.shift.dtype)
+        return (to_float(x) if x.ndim == 4 else x).to(self.shift)
 
     def posterior(self, x):
         "Mean and logvar (n, codes) of q(z | x)."
@@ -71,7 +71,7 @@ class IVAE(nn.Module):
         "Notes u (n, aux) as the prior encoder sees them: numbers around 0."
         found = tuple(u.shape) if torch.is_tensor(u) else "none" if u is None else type(u).__name__
         require(torch.is_tensor(u) and u.shape == (n, self.aux), f"notes u ({n}, {self.aux})", found, "give one row for each x, or build with aux=0")
-        return (u.to(self.shift.dtype) - self.shift) / self.scale
+        return (u.to(self.shift) - self.shift) / self.scale
 
     def conditional_prior(self, u, n):
         "Mean and logvar (n, codes) of p(z | u); of N(0, I) without notes."
