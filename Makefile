@@ -32,8 +32,8 @@ bench: .venv/dev  # times our network and training beside diffusers' and lucidra
 	$(BIN)/pytest -s --benchmark-enable tests/benchmarks
 
 text: .venv/dev
-	@for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; py=$${py%.ipynb}.py; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $$py.new $$nb; \
-	if [ $$py -nt $$nb ] && ! cmp -s $$py $$py.new; then rm $$py.new; echo "kept $$py, which was edited: make notebooks"; else mv $$py.new $$py; fi; done
+	@new=nbs/_src/.new.py; for nb in $(BOOK); do py=nbs/_src/$${nb#nbs/}; py=$${py%.ipynb}.py; mkdir -p $$(dirname $$py); $(BIN)/jupytext --quiet --to py:percent -o $$new $$nb || exit; \
+	if [ $$py -nt $$nb ] && ! cmp -s $$py $$new; then rm $$new; echo "kept $$py, which was edited: make notebooks"; else mv $$new $$py; fi; done
 
 notebooks: .venv/dev   # a notebook that is newer than its text was edited itself, and is left alone
 	@for py in $(TEXT); do nb=nbs/$${py#nbs/_src/}; nb=$${nb%.py}.ipynb; mkdir -p $$(dirname $$nb); [ $$nb -nt $$py ] || $(BIN)/jupytext --quiet --to ipynb --update -o $$nb $$py; done
