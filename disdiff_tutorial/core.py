@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCALES', 'STEP', 'require', 'wanted', 'scale', 'by_scale', 'seed_everything', 'device', 'check_images', 'to_float',
            'to_uint8', 'as_images', 'checkout', 'cache_dir', 'data_dir', 'runs_dir', 'short', 'atomic', 'save_tensors',
-           'unrounded', 'load_tensors', 'halved', 'restore', 'rounded', 'evaluating', 'progress_bar', 'code_version',
-           'libraries', 'device_name', 'Record', 'earlier', 'judged_later', 'Config', 'effort', 'Unfinished']
+           'unrounded', 'load_tensors', 'halved', 'restore', 'arguments', 'rounded', 'evaluating', 'progress_bar',
+           'code_version', 'libraries', 'device_name', 'Record', 'earlier', 'judged_later', 'Config', 'effort',
+           'Unfinished']
 
 # %% ../nbs/00_core.ipynb #ad4766b3
-import contextlib, dataclasses, datetime, json, math, numbers, os, platform, random, subprocess, sys, tempfile, time
+import contextlib, dataclasses, datetime, inspect, json, math, numbers, os, platform, random, subprocess, sys, tempfile, time
 from importlib import metadata, util
 from pathlib import Path
 import numpy as np, torch
@@ -171,6 +172,10 @@ def restore(model, tensors):
     "`model` with what `halved` gave, in its own precision: on the device at hand, in evaluation mode, weights held."
     model.load_state_dict(tensors)
     return model.to(device()).eval().requires_grad_(False)
+
+def arguments(function, facts):
+    "Those of `facts`, the sizes of an experiment or what its file says, that `function` has an argument for."
+    return {k: v for k, v in facts.items() if k in inspect.signature(function).parameters}
 
 # %% ../nbs/00_core.ipynb #d1628e6d
 def rounded(tensors, least=2 ** 13):

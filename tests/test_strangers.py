@@ -5,14 +5,19 @@ import torch
 from torch import nn
 from disdiff_tutorial.components.decomposition import ComponentScore, blend
 from disdiff_tutorial.core import load_tensors, save_tensors
+from disdiff_tutorial.data.factors import Reduced
 from disdiff_tutorial.data.files import load
+from disdiff_tutorial.data.sprites import Sprites
 from disdiff_tutorial.diffusion.sampling import guided
 from disdiff_tutorial.diffusion.training import fit
 from disdiff_tutorial.diffusion.unet import UNet
 from disdiff_tutorial.dyga.hddc import kmeans
 from disdiff_tutorial.dyga.latent_diffusion import VQGAN
+from disdiff_tutorial.dyga.skip_dropout import SkipDropout
 from disdiff_tutorial.lcgdm.factorvae import VAE
 from disdiff_tutorial.lcgdm.latent_guidance import LCGDM
+from disdiff_tutorial.metrics.disentanglement import bootstrap, evaluate, factorvae_score
+from disdiff_tutorial.metrics.quality import features
 
 IMAGES = torch.randint(0, 256, (12, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 FEW = dict(steps=3, size=4, progress=False)
@@ -78,6 +83,15 @@ def test_small_ones(tmp_path):
     assert load_tensors(tmp_path / "a.safetensors")[1] == {"width": 3, "shape": [1, 2]}
     x = torch.zeros(1, 10, 3); x[:, 5:] = 1
     assert len(kmeans(x, 3)[0].unique()) == 2
+
+def test_numbers_and_modules_of_other_libraries():
+    data, few = Reduced(Sprites(16, "cpu"), orientation=[0]), dict(votes=(20, 10), progress=False)
+    encode = lambda x: x.float().flatten(1)[:, 40:200:40]
+    assert factorvae_score(encode, data, points=50, seed=np.int64(3), **few) and evaluate(encode, data, np.int64(1), 60, 30, **few) and bootstrap([1., 2.], seed=np.int64(1))
+    pooled = features(IMAGES, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), show=False)
+    assert pooled.shape == (12, 12) and torch.allclose(pooled[:, 0], IMAGES[:, 0, :8, :8].float().mean((1, 2)))
+    net = UNet(1, width=8, mults=(1, 2), blocks=1)
+    for levels in (np.array([0]), torch.tensor([0]), range(1)): assert len(SkipDropout(levels=levels).choose(net)) == len(SkipDropout(levels=[0]).choose(net))
 
 def test_hidden_folders_hold_no_pictures(tmp_path):
     Image = pytest.importorskip("PIL.Image")

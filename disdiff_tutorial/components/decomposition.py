@@ -11,7 +11,7 @@ __all__ = ['ROOMS', 'SCENES', 'PHOTOGRAPHS', 'Encoder', 'blend', 'picture_weight
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import as_images, by_scale, device, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import arguments, as_images, by_scale, device, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data import files
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import drop_cond, middle_time, uniform_time, unit
@@ -181,7 +181,7 @@ class Pictures(nn.Module):
         size = (self.sde.alpha(t) ** 2 + self.sde.sigma(t) ** 2).rsqrt()
         return self.sde.convert(self.net(like(size, xt) * xt, t, cond), xt, t, "x0", "eps")
 
-def build(shape, k, width, encoder, dim, apart=True, once=False, **_):
+def build(shape, k, width, encoder, dim, apart=True, once=False):
     """An untrained `ComponentScore` for images `shape` (C, H, W), sides multiples of 8. `apart`: k encoders, and layers for the latents that listen from the start; else k heads on one encoder, and layers that start at 0.
     `once`: a `OnePass`."""
     many = k if once else 1
@@ -195,7 +195,7 @@ def train(config, images, held, k, apart=True, once=False, sizes=None, **how):
     "Train on images (n, C, H, W) uint8, note reconstruction and losses on `held` ones: `Config` -> `Record`, the model beside it. `sizes`: those of the rooms at this scale."
     sizes, kind = sizes or config.sizes(**ROOMS), dict(k=k, apart=apart, once=once)
     seed_everything(config.seed)
-    model = build(images.shape[1:], **kind, **sizes).to(images.device)
+    model = build(images.shape[1:], **kind, **arguments(build, sizes)).to(images.device)
     record = config.record(**kind, lr=2e-3, **sizes, **how)
     done = config.train("net", lambda **kind: model.fit(images, size=sizes["batch"], seed=config.seed, **how, **kind), sizes["steps"])
     record.curves["loss"], record.images = done.curve, done.images
@@ -261,7 +261,7 @@ def digits_experiment(config, k=3):
 def load_model(record):
     "The model of a record, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    return restore(build(**facts), tensors)
+    return restore(build(**arguments(build, facts)), tensors)
 
 def held_out(data):
     "Images (n, C, H, W) and factors (n, varying) of the combinations that no training of this chapter has seen, and of the others."

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import by_scale, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float
+from ..core import arguments, by_scale, evaluating, halved, load_tensors, require, restore, save_tensors, seed_everything, to_float
 from ..data.scenes import rooms
 from ..diffusion.dsm import T_MIN, dsm_loss, middle_time, v_weight
 from ..diffusion.sde import VPSDE, like
@@ -133,7 +133,7 @@ DISDIFF = dict(smoke=dict(before=4, steps=8, batch=8, frozen=32, width=16, extra
                cpu=dict(before=1000, steps=1400, batch=16, frozen=32, width=32, extractor=16, units=6, dim=16, every=300, pool=4000, points=3000),
                gpu=dict(before=6000, steps=8000, batch=128, frozen=256, width=64, extractor=32, units=6, dim=16, every=1000, pool=4096, points=3000))
 
-def build(width, extractor, units, dim, anchors=None, weight=1., every=0, **_):
+def build(width, extractor, units, dim, anchors=None, weight=1., every=0):
     "An untrained `DisDiff` for the rooms; `anchors`: None or a key of `TIDY`."
     return DisDiff(FeatureExtractor((3, 32, 32), units, dim, extractor, hidden=256, lift=None), width, weight, TIDY[anchors](units, dim), every if anchors else 0)
 
@@ -154,7 +154,7 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
     sizes, data = config.sizes(**DISDIFF), rooms()
     how = dict(sizes, anchors=anchors, skip=skip, weight=weight)
     seed_everything(config.seed)
-    model = build(**how).to(data.device)
+    model = build(**arguments(build, how)).to(data.device)
     if skip: SkipDropout(skip).attach(model.net.decoder)
     net, record = model.net.net.requires_grad_(True), config.record(lr=2e-3, lr_extractor=1e-3, **how)
     first = config.train("frozen", lambda **kind: fit(lambda x, *_: dsm_loss(net, to_float(x), net.sde, None, v_weight, middle_time), net, data.batches(sizes["frozen"], config.seed), lr=2e-3, **kind), sizes["before"])
@@ -172,4 +172,4 @@ def disdiff_experiment(config, anchors=None, skip=0., weight=1.):
 def load_disdiff(record):
     "The model of a record of `disdiff_experiment`, in evaluation mode on the device at hand."
     tensors, facts = load_tensors(record.file(".safetensors"))
-    return restore(build(**facts), unpacked(tensors))
+    return restore(build(**arguments(build, facts)), unpacked(tensors))

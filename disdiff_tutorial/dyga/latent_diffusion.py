@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VQ', 'VQ_SCENES', 'ROOMS', 'SCENES', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic',
            'hinge', 'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor',
-           'LatentDiffusion', 'build', 'scenes', 'shape_of', 'written_by', 'rooms_experiment', 'Coded', 'look',
-           'note_scores', 'judge_units', 'load_model']
+           'LatentDiffusion', 'build', 'scenes', 'written_by', 'rooms_experiment', 'Coded', 'look', 'note_scores',
+           'judge_units', 'load_model']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..core import as_images, by_scale, device, earlier, evaluating, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
+from ..core import arguments, as_images, by_scale, device, earlier, evaluating, halved, judged_later, load_tensors, require, restore, save_tensors, seed_everything, to_float, to_uint8
 from ..data.factors import FactorData, Reduced
 from ..data.scenes import Scenes, rooms
 from ..diffusion.dsm import dsm_loss, middle_time, v_weight
@@ -323,10 +323,6 @@ def scenes(few=False, **_):
     data = Scenes(64)
     return Reduced(data, **{name: [0, 1] for name in data.grid.names if name != "shape"}) if few else data
 
-def shape_of(facts):
-    "The options of `build` among the sizes of an experiment or the facts of its file."
-    return {k: facts[k] for k in ("width", "extractor", "units", "dim", "side", "hidden") if k in facts}
-
 def written_by(config, whole):
     "The record of the VQ-GAN whose latents an experiment works on: seed 0, the same scale."
     name = "dyga/vqgan-scenes" if whole else "dyga/vqgan"
@@ -340,7 +336,7 @@ def rooms_experiment(config, change=None, whole=False, latent=False, **how):
     data = scenes(**sizes) if whole else rooms()
     if latent: vq = written_by(config, whole); how["latent"] = vq.name
     seed_everything(config.seed)
-    model = build(**shape_of(sizes), autoencoder=load_vqgan(vq) if latent else None).to(data.device)
+    model = build(**arguments(build, sizes), autoencoder=load_vqgan(vq) if latent else None).to(data.device)
     if change: change(model, sizes); model.to(data.device)
     done = config.train("net", lambda **kind: model.fit(data, size=sizes["batch"], lr=2e-3, seed=config.seed, pool=sizes["pool"], **kind), sizes["steps"])
     record = config.record(lr=2e-3, **sizes, **how)
@@ -394,5 +390,5 @@ def load_model(record, tidy=None):
     from disdiff_tutorial.dyga.anchoring import unpacked
     tensors, facts = load_tensors(record.file(".safetensors"))
     vq = load_vqgan(earlier(facts["latent"], record.scale, 0, record.folder)) if facts.get("latent") else None
-    model = build(**shape_of(facts), autoencoder=vq, tidy=tidy, every=facts["every"] if tidy is not None else 0)
+    model = build(**arguments(build, facts), autoencoder=vq, tidy=tidy, every=facts["every"] if tidy is not None else 0)
     return restore(model, unpacked(tensors) | ({f"autoencoder.{k}": v for k, v in vq.state_dict().items()} if vq else {}))

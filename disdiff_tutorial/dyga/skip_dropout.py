@@ -70,7 +70,7 @@ class SkipDropout:
         require(0 <= rate <= 1, "a rate from 0 to 1", rate, "the paper uses 0.2")
         ok = levels in ("all", "free") if isinstance(levels, str) else hasattr(levels, "__len__") and len(levels)
         require(ok, "levels as a list of numbers, 'all' or 'free'", repr(levels), "0 is the finest: [0, 1] are the two finest")
-        self.rate, self.levels, self.rescale, self.handles = rate, levels, rescale, []
+        self.rate, self.levels, self.rescale, self.handles = rate, levels if isinstance(levels, str) else [int(level) for level in levels], rescale, []
 
     def choose(self, net):
         "The joints of `net` that this dropout acts on."

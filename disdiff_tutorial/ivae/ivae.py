@@ -208,6 +208,11 @@ class CategoricalIVAE(IVAE):
         "One class for each code, one-hot, (n, codes classes), with the straight-through gradient."
         return straight_through(q).flatten(1)
 
+    def decode(self, code):
+        "What the decoder draws of class probabilities (n, codes, classes), or of draws (n, codes classes)."
+        code = torch.as_tensor(code)
+        return super().decode(code.unflatten(1, (self.codes, self.classes)) if code.ndim == 2 and code.shape[1] == self.codes * self.classes else code)
+
     kl = staticmethod(categorical_kl)
 
 # %% ../../nbs/ivae/51_ivae.ipynb #1ce69d54

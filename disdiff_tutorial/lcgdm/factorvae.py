@@ -224,7 +224,7 @@ def dear_first(u):
 
 # %% ../../nbs/lcgdm/40_factorvae.ipynb #fb49c270
 SQUARES = dict(smoke=dict(steps=40, size=64, points=600), cpu=dict(steps=12_000, size=64, points=10_000))
-DSPRITES = dict(smoke=dict(steps=2, size=8, points=100), gpu=dict(steps=100_000, size=64, points=10_000))     # 64 x 64 pixels and the published networks
+DSPRITES = dict(smoke=dict(steps=2, size=8, points=100), gpu=dict(steps=100_000, size=64, points=10_000))     # 64 x 64 pixels and the networks of the FactorVAE paper
 HIDDEN = (128, 128)
 
 def contenders(shape, gamma=20.):
@@ -235,7 +235,7 @@ def contenders(shape, gamma=20.):
             "FactorVAE": (factor, None), "VAE, dear first": (vae, dear_first), "FactorVAE, dear first": (factor, dear_first)}
 
 def printed(shape, n):
-    "The models of LCG-DM's Table 1 by name, with the published networks and its A.3's coefficient of 10, and FactorVAE at 20, for pictures `shape` of which there are `n`; none has a schedule."
+    "The models of LCG-DM's Table 1 by name, with the FactorVAE paper's networks and A.3's coefficient of 10, and FactorVAE at 20, for pictures `shape` of which there are `n`; none has a schedule."
     kinds = {"VAE": lambda: VAE(shape), "beta-VAE": lambda: BetaVAE(shape, beta=10.), "beta-TCVAE": lambda: BetaTCVAE(shape, beta=10., n=n), "FactorVAE, gamma 10": lambda: FactorVAE(shape, gamma=10.), "FactorVAE": lambda: FactorVAE(shape, gamma=20.)}
     return {name: (build, None) for name, build in kinds.items()}
 
@@ -293,7 +293,7 @@ def at_once(config, data, models, sizes, rates):
     for name, model in made.items(): yield name, model, done
 
 def squares_experiment(config, whole=False):
-    "Autoencoders on squares, or side by side on the `whole` of dSprites with the published networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
+    "Autoencoders on squares, or side by side on the `whole` of dSprites with the FactorVAE paper's networks and rates; equal budgets: `Config` -> `Record`, all weights beside it."
     sizes, data, tensors, facts = config.sizes(**(DSPRITES if whole else SQUARES)), Sprites(64) if whole else squares(), {}, {}
     rates, models = (dict(lr=1e-4, critic_lr=1e-4), printed(data.shape, len(data))) if whole else (dict(lr=1e-3, critic_lr=2e-3), contenders(data.shape))
     betas = dict(beta_VAE=10., beta_TCVAE=10.) if whole else dict(beta_VAE=4., beta_TCVAE=6.)

@@ -183,7 +183,7 @@ DSPRITES = dict(
     gpu=dict(vae_steps=100_000, steps=20_000, width=64, batch=256, points=10_000, samples=2000, evaluations=20, judged=50_000, bounds=128))
 
 def worlds(whole, gamma, dear):
-    "What the U-Net draws, what the encoder sees, an autoencoder for it and how to train it: the squares, or the `whole` of dSprites with the published networks and rates."
+    "What the U-Net draws, what the encoder sees, an autoencoder for it and how to train it: the squares, or the `whole` of dSprites with the FactorVAE paper's networks and rates."
     if whole: data = Sprites(64); return data, data, FactorVAE(data.shape, gamma=gamma).to(data.device), dict(lr=1e-4, critic_lr=1e-4, schedule=dear_first if dear else None)
     small = squares(); build, schedule = contenders(small.shape, gamma)["FactorVAE, dear first" if dear else "FactorVAE"]
     return squares32(), small, build().to(small.device), dict(schedule=schedule)

@@ -393,7 +393,7 @@ def factorvae_pooled(codes, factors, codes_test=None, factors_test=None, votes=(
     varies = (factors != factors[:1]).any(0)
     require(varies.any(), "a factor that varies", "none", "draw more of them, or more samples")
     variance = codes.double().var(0); active = enough(variance, threshold, relative)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(int(seed))
     tables = [pooled_votes(z, f[:, varies], n, size, variance, active, g) for (z, f), n in zip(((codes, factors), second), votes)]
     if not active.any(): return FactorVAE(0., 0., tables[0], active)
     train, score = elect(*tables)
@@ -434,7 +434,7 @@ def factorvae_score(encode, data, votes=(10_000, 5_000), size=64, points=10_000,
     disentanglement_lib: 10,000 votes choose, 5,000 judge, groups of 64, variances from 10,000 points, codes with a standard deviation under 0.05 left out; that
     threshold depends on the codes' scale, and `relative=True` takes 5% of the largest instead. The FactorVAE paper itself uses 800 votes. 0 if no code is left."""
     _ballot(votes, size); _at_least(2, points=points)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(int(seed))
     free = [k for k, s in enumerate(data.grid.sizes) if s > 1]
     require(free, "a factor with two or more values", "none", "use other data")
     scalars = lambda z: checked(z, torch.zeros(len(z), 1, dtype=torch.long))[0]
@@ -739,7 +739,7 @@ def bootstrap(values, level=0.95, draws=10_000, seed=0):
     v = torch.as_tensor(values, dtype=torch.float64).flatten()
     _at_least(1, draws=draws)
     require(len(v) > 1 and v.isfinite().all() and 0 < level < 1, "two or more finite values and a level between 0 and 1", f"{v.tolist()[:5]} and {level}", "run more seeds")
-    means = v[torch.randint(len(v), (draws, len(v)), generator=torch.Generator().manual_seed(seed))].mean(1)
+    means = v[torch.randint(len(v), (draws, len(v)), generator=torch.Generator().manual_seed(int(seed)))].mean(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Interval(v.mean().item(), low, high)
 
@@ -811,7 +811,7 @@ def evaluate(encode, data, seed=0, n=10_000, n_test=5_000, split=None, votes=(10
     the literature's DCI, minutes instead of seconds; the FactorVAE score draws its groups from the n points (`factorvae_score` draws fresh images); TAD comes with
     binary factors."""
     _at_least(2, n=n, n_test=n_test)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(int(seed))
     factors, factors_test = (data.grid.sample(m, g, among=None if split is None else side) for m, side in ((n, split and split.train), (n_test, split and split.test)))
     with progress_bar(total=n + n_test, desc="encode", show=progress, unit="image", leave=False) as bar:
         codes, codes_test = (encoded(encode, data, f, batch, bar) for f in (factors, factors_test))

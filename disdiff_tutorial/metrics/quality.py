@@ -118,7 +118,7 @@ class Network(torch.nn.Module):
     def forward(self, x): return self.net(((x - 128) / 128).to(next(self.parameters(), x).dtype)).flatten(1)
 
 def features(images, network, resize="clean", batch=64, show=True):
-    "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar. The network is in evaluation mode meanwhile."
+    "uint8 images (n, C, H, W), C = 1 or 3, a tensor, an array or `Stored` -> features (n, D) float32 on the CPU, computed on the network's device with a progress bar. `network`: a module on images (n, 3, H, W) in [0, 255], resized to its `size` if it has one; in evaluation mode meanwhile."
     if isinstance(images, np.ndarray): images = _native(images)
     _at_least(1, batch=batch)
     require(getattr(images, "dtype", None) == torch.uint8, "uint8 images from 0 to 255", getattr(images, "dtype", type(images).__name__), "convert with to_uint8")
@@ -129,7 +129,7 @@ def features(images, network, resize="clean", batch=64, show=True):
     with evaluating(network), progress_bar(total=len(images), desc="features", show=show, delay=1) as bar:
         for start in range(0, len(images), batch):
             part = images[start:start + batch].to(where)
-            out.append(network(resized(part, network.size, resize).expand(-1, 3, -1, -1)).float().cpu()); bar.update(len(part))
+            out.append(network(resized(part, getattr(network, "size", None), resize).expand(-1, 3, -1, -1)).float().cpu()); bar.update(len(part))
     return torch.cat(out)
 
 # %% ../../nbs/metrics/31_quality.ipynb #63909783

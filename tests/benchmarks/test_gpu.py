@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 import pytest, torch
 from torch.nn import functional as F
-from disdiff_tutorial.core import Record, device, to_uint8
+from disdiff_tutorial.core import Record, arguments, device, to_uint8
 from disdiff_tutorial.data.scenes import Scenes
 from disdiff_tutorial.data.sprites import Sprites
 from disdiff_tutorial.diffusion.dsm import dsm_loss
@@ -220,7 +220,7 @@ def profile():
     "Where a recorded step of three trainings of the book spends its time, compiled and not: milliseconds of all kernels, how many there are, and those of the dearest, per step, on the screen."
     from disdiff_tutorial.dyga import latent_diffusion
     from disdiff_tutorial.lcgdm.factorvae import VAE
-    vae, scene, guided = VAE().to(device()), latent_diffusion.build(**latent_diffusion.shape_of(latent_diffusion.SCENES["smoke" if TINY else "gpu"])).to(device()), LCGDM(FactorVAE(), (1, 64, 64), 10, width=16 if TINY else 64).to(device())
+    vae, scene, guided = VAE().to(device()), latent_diffusion.build(**arguments(latent_diffusion.build, latent_diffusion.SCENES["smoke" if TINY else "gpu"])).to(device()), LCGDM(FactorVAE(), (1, 64, 64), 10, width=16 if TINY else 64).to(device())
     rows, steps, out = 2 if TINY else 256, 2 if TINY else 20, {}
     kinds = {("VAE", "bf16, recorded"): (vae, vae.loss, pictures(2 if TINY else 64, 1))} | {(name, way): what for way in ("bf16, recorded", "bf16, both") for name, what in {"guidance": (guided.net, lambda x: guided.loss(x, .1), pictures(rows, 1)), "units": (scene, scene.loss, pictures(2 * rows))}.items()}
     def train(kind, steps=steps): model, loss, x = kinds[kind]; told(WAYS[kind[1]]); return fit(loss, model, lambda step: (x,), steps=steps, graph="bench", progress=False)
