@@ -12,7 +12,7 @@ CROSSING = {aten.copy_, aten._to_copy, aten._foreach_copy_}                     
 PLACES = {aten.index, aten.index_put, aten.index_put_}                              # may have places from the CPU
 JOINING = {aten.cat, aten.stack}                                                    # not even numbers, tensors without dimensions, from the CPU
 LOOKS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select}              # need numbers on the CPU: forbidden while recording
-INNER = {F.one_hot, torch._C._nn.pad_sequence, torch.quantile}                      # inside, C++ makes tensors on the device that it sees
+INNER = {F.one_hot, torch._C._nn.pad_sequence, torch.quantile, torch.Tensor.quantile}                      # inside, C++ makes tensors on the device that it sees
 
 class Recording:
     "Whether a step is being recorded."
@@ -90,7 +90,8 @@ def to(x, *args, dtype=None, device=None, **kind):
         elif isinstance(a, (str, torch.device)): device = torch.device(a)
     device, dtype = x.device if device is None else torch.device(device), dtype or x.dtype
     if device.type == x.device.type: return x if dtype == x.dtype and not kind.get("copy") else aten._to_copy(x, dtype=dtype)
-    return aten._to_copy(x, dtype=dtype, device=CUDA) if device.type == "cuda" else Leave.apply(x).to(dtype)
+    if device.type == "cuda" or not isinstance(x, Pretended): return aten._to_copy(x, dtype=dtype, device=device)          # to the GPU, or between others: "meta" has no numbers
+    return Leave.apply(x).to(dtype)
 
 class Rewritten(TorchFunctionMode):
     "What C++ would decide by the device that it sees."

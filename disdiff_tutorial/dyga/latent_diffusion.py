@@ -6,7 +6,7 @@
 __all__ = ['VQ', 'VQ_SCENES', 'ROOMS', 'SCENES', 'Codebook', 'codebook_use', 'Block', 'narrowing', 'widening', 'patch_critic',
            'hinge', 'adaptive_weight', 'VQGAN', 'vqgan_experiment', 'load_vqgan', 'Lift', 'FeatureExtractor',
            'LatentDiffusion', 'build', 'scenes', 'written_by', 'rooms_experiment', 'Coded', 'look', 'note_scores',
-           'judge_units', 'load_model']
+           'judge_units', 'load_model', 'untrained_experiment']
 
 # %% ../../nbs/dyga/60_latent_diffusion.ipynb #1544fb66
 import torch
@@ -392,3 +392,12 @@ def load_model(record, tidy=None):
     vq = load_vqgan(earlier(facts["latent"], record.scale, 0, record.folder)) if facts.get("latent") else None
     model = build(**arguments(build, facts), autoencoder=vq, tidy=tidy, every=facts["every"] if tidy is not None else 0)
     return restore(model, unpacked(tensors) | ({f"autoencoder.{k}": v for k, v in vq.state_dict().items()} if vq else {}))
+
+# %% ../../nbs/dyga/60_latent_diffusion.ipynb #56c6b4e2
+def untrained_experiment(config):
+    "The extractor of the rooms as it was initialised, with every score: `Config` -> `Record`."
+    sizes, data = config.sizes(**ROOMS), rooms()
+    seed_everything(config.seed)
+    record = config.record(**sizes)
+    note_scores(record, build(**arguments(build, sizes)).to(data.device).eval().encode, data, sizes["points"])
+    return record

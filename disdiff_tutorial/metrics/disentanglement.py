@@ -807,7 +807,7 @@ def evaluate_codes(codes, factors, codes_test, factors_test, seed=0, votes=(10_0
 def evaluate(encode, data, seed=0, n=10_000, n_test=5_000, split=None, votes=(10_000, 5_000), sizes=(1000, 100), model="hist", jobs=None, batch=1024, progress=True):
     """`Scores` of the metrics of this chapter (UDR needs several models, discrete InfoMEC discrete codes) from one pass of n + n_test images through `encode`, which gets uint8 images as `data.images` gives them and returns
     codes (n, L) or units (n, N, D). In sample: fitted and scored on the first n points; held out: scored on the others, drawn from `split.test` if a `Split` is
-    given (and the first from `split.train`). DCI disentanglement and completeness are fitted on either. Factors that do not vary are left out. `model='boosted'` is
+    given (and the first from `split.train`). DCI disentanglement and completeness are those of trees fitted on either table. Factors that do not vary are left out. `model='boosted'` is
     the literature's DCI, minutes instead of seconds; the FactorVAE score draws its groups from the n points (`factorvae_score` draws fresh images); TAD comes with
     binary factors."""
     _at_least(2, n=n, n_test=n_test)
