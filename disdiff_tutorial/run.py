@@ -49,6 +49,7 @@ EXPERIMENTS = {                                                 # name -> functi
 TABLE_1 = dict(metric="Discrete MIG", space=dict(lambda_KL=dict(low=1e-5, high=.1, log=True), lambda_rec=dict(low=.01, high=5.), mean=[True, False]))      # what iVAE + DDPM searches
 EXPERIMENTS |= {
     "ivae/rotation": later("ivae.ivae", "rotation_experiment"),
+    "ivae/bent": later("ivae.ivae", "bent_experiment"),
     "ivae/rooms": later("ivae.ivae_ddpm", "rooms_experiment"),
     "ivae/rooms-vae": later("ivae.ivae_ddpm", "rooms_experiment", model="VAE"),
     "ivae/rooms-ivae": later("ivae.ivae_ddpm", "rooms_experiment", model="iVAE"),
