@@ -10,7 +10,7 @@ from disdiff_tutorial.dyga.latent_diffusion import VQGAN
 from disdiff_tutorial.lcgdm import latent_guidance
 
 FEW = dict(batch=2, size=2, frozen=2, steps=5, vae_steps=5, prior_steps=2, reader_steps=2, before=2, every=2, pool=64, pictures=64, images=4, points=120, held=20, times=3, samples=12, judged=0, bounds=0, evaluations=2)
-NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites-truncated", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "ivae/dsprites-resnet18", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-latent", "dyga/scenes-fsq", "dyga/skips",
+NAMES = ["diffusion/digits", "lcgdm/sprites", "lcgdm/dsprites-truncated", "lcgdm/autoencoders", "lcgdm/digits", "lcgdm/faces", "ivae/scenes", "ivae/scenes-vae", "ivae/dsprites-resnet18", "dyga/vqgan-scenes", "dyga/scenes-both", "dyga/scenes-latent", "dyga/scenes-fsq", "dyga/scenes-backbone", "dyga/skips",
          "dyga/disdiff-both", "components/scenes", "components/scenes-5", "components/faces", "components/cifar", "components/digits"]
 SIZES = {}                                                             # what was asked for at gpu, before it was cut
 

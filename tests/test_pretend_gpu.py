@@ -117,3 +117,9 @@ def test_anchored_steps_are_recorded(anchors, monkeypatch):
     torch.manual_seed(0); model = LatentDiffusion(FeatureExtractor((3, 32, 32), 4, 6, 8, hidden=32), width=16, tidy=TIDY[anchors](4, 6), every=5).to(core.device())
     done = model.fit(torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device=core.device()), steps=8, size=16, pool=64, progress=False)
     assert done.steps == int(model.steps) == 8 and (anchors == "fsq" or (model.tidy.counts > 0).all())
+
+@pytest.mark.slow
+def test_a_whole_notebook(root):
+    "The first one of the book; `python tests/rehearse_gpu.py` does the others."
+    from rehearse_gpu import in_a_process
+    assert in_a_process(root / "nbs" / "00_begin.ipynb") == ""

@@ -14,6 +14,7 @@ from disdiff_tutorial.diffusion.unet import UNet
 from disdiff_tutorial.dyga.hddc import kmeans
 from disdiff_tutorial.dyga.latent_diffusion import VQGAN
 from disdiff_tutorial.dyga.skip_dropout import SkipDropout
+from disdiff_tutorial.ivae.ivae import IVAE
 from disdiff_tutorial.lcgdm.factorvae import VAE
 from disdiff_tutorial.lcgdm.latent_guidance import LCGDM
 from disdiff_tutorial.metrics.disentanglement import bootstrap, evaluate, factorvae_score
@@ -90,6 +91,8 @@ def test_numbers_and_modules_of_other_libraries():
     assert factorvae_score(encode, data, points=50, seed=np.int64(3), **few) and evaluate(encode, data, np.int64(1), 60, 30, **few) and bootstrap([1., 2.], seed=np.int64(1))
     pooled = features(IMAGES, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), show=False)
     assert pooled.shape == (12, 12) and torch.allclose(pooled[:, 0], IMAGES[:, 0, :8, :8].float().mean((1, 2)))
+    model, x, u = IVAE(nn.Linear(3, 4), nn.Linear(2, 3), 2, aux=1), np.random.rand(40, 3), np.random.rand(40, 1)
+    model.fit(x, u, **FEW); assert model.encode(x).shape == (40, 2)
     net = UNet(1, width=8, mults=(1, 2), blocks=1)
     for levels in (np.array([0]), torch.tensor([0]), range(1)): assert len(SkipDropout(levels=levels).choose(net)) == len(SkipDropout(levels=[0]).choose(net))
 

@@ -59,6 +59,7 @@ class IVAE(nn.Module):
 
     def seen(self, x):
         "What the networks see of x (n, ...): images (n, C, H, W) in [-1, 1], all else as it is, as floats of the model."
+        x = torch.as_tensor(x)
         return (to_float(x) if x.ndim == 4 else x).to(self.shift)
 
     def posterior(self, x):
@@ -110,6 +111,7 @@ class IVAE(nn.Module):
 
     def fit(self, x, u=None, steps=3000, size=256, lr=1e-2, seed=0, **kind):
         "Train on x (n, ...) and notes u (n, aux); with aux = 0, u is not looked at. `seed`: of the order of the batches; noise is torch's own, see `seed_everything`; `kind`: options of `diffusion.training.fit`. Returns the `Fit`."
+        x, u = torch.as_tensor(x), u if u is None else torch.as_tensor(u)
         if x.ndim == 4: x = as_images(x)
         if self.aux: self.standardise(u)
         return fit(self.loss, self, Batches(*((x,) if u is None or not self.aux else (x, u)), size=size, seed=seed), steps=steps, lr=lr, graph="ivae" if type(self) is IVAE else None, **kind)
