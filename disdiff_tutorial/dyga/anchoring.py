@@ -121,18 +121,20 @@ class Anchors(nn.Module):
 
     @torch.no_grad()
     def select(self, features, generator=None):
-        """Anchors from features (n, units, dim), n >= `most`: DyGA Algorithm 2 for all units at once, on `subset` rows up to the filter (None: on all), which looks at all rows, as the last EM does.
+        """Anchors from features (n, units, dim), n >= `most`: DyGA Algorithm 2 for all units at once, on `subset` rows up to the filter (None: on all), which looks at all rows, as the last EM does. Where there are more rows than that, two thirds of the last EM's iterations come before the filter, on the subset.
         Random choices come from a CPU `generator`. Returns self; `report` holds the number of anchors of each unit after each stage."""
         self.check(features)
         require(len(features) >= self.most, f"at least {self.most} rows", len(features), "collect the features of more pictures, or set most lower")
         require(bool((features.abs() < HUGE).all()), "finite features", f"{int((~(features.abs() < HUGE)).sum())} NaN, infinite or beyond {HUGE:g}", "look at the encoder before anchors are chosen")
         x = self.remember(features.detach().to(self.low.dtype).transpose(0, 1).contiguous())
         few = x if self.subset is None or x.shape[1] <= self.subset else x[:, torch.randperm(x.shape[1], generator=generator)[:self.subset].to(x.device)]
-        fit = lambda x, g: em(x, g, self.iterations, 1e-4 * x.shape[1], want_resp=False)[0]
+        fit = lambda x, g, iterations=self.iterations: em(x, g, iterations, 1e-4 * x.shape[1], want_resp=False)[0]
         self.report = {}
         g = self.note("start", with_room(fit(few, init_gaussians(few, self.start, generator)), self.most))
         for i in range(self.rounds): g = self.note(f"split {i + 1}", split(few, g, iterations=self.iterations, generator=generator, **self.rule))
-        g = self.note("refit", fit(x, self.note("filter", drop_small(x, g, self.least))))
+        last = self.iterations if few is x else self.iterations // 3
+        if few is not x: g = fit(few, g, self.iterations - last)         # the rest of the last EM, where an iteration is cheap
+        g = self.note("refit", fit(x, self.note("filter", drop_small(x, g, self.least)), last))
         for name, v in zip(g._fields, g): getattr(self, name).copy_(v)
         return self
 
