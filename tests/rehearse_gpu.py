@@ -1,5 +1,5 @@
 """Whole notebooks at smoke on the GPU that `pretend_gpu` pretends: `python tests/rehearse_gpu.py nbs/00_begin.ipynb ...`, or all of them without a name (half an hour). A line for each notebook; for one
-that fails the cell and the error. `make test` does this with the short ones alone."""
+that fails the cell and the error. `make test` does this with the first one alone."""
 import json, os, re, subprocess, sys, time
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def rehearse(path):
     with pretend_gpu(patch):
         for i, source in code_cells(path):
             ran = shell.run_cell(source, silent=True); plt.close("all")
-            if error := ran.error_before_exec or ran.error_in_exec: raise SystemExit(f"cell {i}: {type(error).__name__}: {error}")
+            if error := ran.error_before_exec or ran.error_in_exec: raise SystemExit(f"cell {i}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 def in_a_process(path):
     "Rehearse a notebook in a process of its own: the error, or nothing."
@@ -34,7 +34,7 @@ def in_a_process(path):
 def main(paths):
     if paths[:1] == ["--here"]: return rehearse(Path(paths[1]).resolve())
     failed = False
-    for path in paths or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.relative_to(ROOT / "nbs").parts[0].startswith(("_", "."))):
+    for path in paths or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts)):
         start = time.time(); error = in_a_process(path); failed |= bool(error)
         print(f"{Path(path).stem:24s} {time.time() - start:4.0f} s  {error or 'no error'}", flush=True)
     return failed

@@ -115,7 +115,7 @@ class ComponentScore(nn.Module):
         return torch.ones(len(x), self.dim, dtype=x.dtype, device=x.device)
 
     def loss(self, x, *_, drop=None, weighting=unit, time=uniform_time):
-        """(13) plus the same for the unconditional score, with noise of its own at the same times, as the paper trains. `drop`: a share of pictures whose latents are replaced by ones,
+        """(13) plus the same for the unconditional score, with noise of its own at the same times, as the released code trains. `drop`: a share of pictures whose latents are replaced by ones,
         in place of the second term."""
         x0, t = to_float(x), time(len(x), x.device)
         zeta, weight = self.latents(x), weighting(self.sde, t)

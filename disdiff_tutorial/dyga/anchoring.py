@@ -132,7 +132,7 @@ class Anchors(nn.Module):
         self.report = {}
         g = self.note("start", with_room(fit(few, init_gaussians(few, self.start, generator)), self.most))
         for i in range(self.rounds): g = self.note(f"split {i + 1}", split(few, g, iterations=self.iterations, generator=generator, **self.rule))
-        last = self.iterations if few is x else self.iterations // 3
+        last = self.iterations if few is x else -(-self.iterations // 3)
         if few is not x: g = fit(few, g, self.iterations - last)         # the rest of the last EM, where an iteration is cheap
         g = self.note("refit", fit(x, self.note("filter", drop_small(x, g, self.least)), last))
         for name, v in zip(g._fields, g): getattr(self, name).copy_(v)
